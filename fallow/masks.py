@@ -106,23 +106,17 @@ def batch_exact(
         >>> sum(batch_exact([0.5] * 6, range(6), seed=0, draw=0))
         3
     """
-    sizes = _quantised(rates)
     base = _chain(seed, draw, _SHUFFLE)
-    order = sorted(range(len(sizes)), key=[_number(base, key, rank) for key in keys].__getitem__)
-    position = _number(_chain(seed, draw, _OFFSET), 0, rank) >> (64 - _BITS)
-    kept = [False] * len(sizes)
-    for site in order:
-        end = position + sizes[site]
-        kept[site] = end >> _BITS > position >> _BITS
-        position = end
-    return kept
+    order = sorted(range(len(rates)), key=[_number(base, key, rank) for key in keys].__getitem__)
+    offset = _number(_chain(seed, draw, _OFFSET), 0, rank) >> (64 - _BITS)
+    return _systematic(_quantised(rates), order, offset)
 
 
 def row_bernoulli(rate: float, key: int, seed: int, draw: int, first: int, count: int) -> Tensor:
     """Keep each of the samples `first` .. `first + count - 1` with the rate, independently.
 
-    Samples are numbered over the global batch, so a sample's mask does not depend on how the batch is split over
-    ranks or micro-batches.
+    Samples are numbered over the global batch, so a sample's mask does not depend on how the batch is split
+    over ranks or micro-batches.
 
     Estimator:
         P(kept) = p to within 2^-53, independently over samples and sites.
@@ -136,9 +130,9 @@ def row_exact(rate: float, rows: int, key: int, seed: int, draw: int, rank: int 
     The rows kept are start, start + 1, ..., start + k - 1, modulo `rows`.
 
     Estimator:
-        k = floor(p b) + [u < p b - floor(p b)] has mean p b. The start is uniform on the b rows, so the window
-        holds any given row with probability E[k] / b = p, for every b, 1 included. Rows of one window are kept
-        together, so this suits shuffled batches only. (The start is uniform to within b 2^-64.)
+        k = floor(p b) + [u < p b - floor(p b)] has mean p b. The start is uniform on the b rows, so the
+        window holds any given row with probability E[k] / b = p, for every b, 1 included. Rows of one window
+        are kept together, so this suits shuffled batches only. (The start is uniform to within b 2^-64.)
 
     Examples:
         >>> row_exact(0.5, 8, site_key("a"), seed=0, draw=0)[0]
@@ -172,6 +166,17 @@ def _count(rate: float, rows: int, key: int, seed: int, draw: int, rank: int) ->
         return near
     floor = math.floor(exact)
     return floor + (_uniform(_chain(seed, draw, _COUNT), key, rank) < exact - floor)
+
+
+def _systematic(sizes: Sequence[int], order: Sequence[int], offset: int) -> list[bool]:
+    """Keep the segments that hold a multiple of 2^40, laid end to end in `order` from `offset` on."""
+    kept = [False] * len(sizes)
+    position = offset
+    for site in order:
+        end = position + sizes[site]
+        kept[site] = end >> _BITS > position >> _BITS
+        position = end
+    return kept
 
 
 def _quantised(rates: Sequence[float]) -> list[int]:

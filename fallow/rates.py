@@ -220,8 +220,8 @@ def resolve(rates: Rule | Mapping[str, float], costs: Costs) -> dict[str, float]
     """Turn a rule or a mapping into a checked survival rate for every site, in the order of the sites.
 
     Args:
-        rates: A rule of this module, a function of the costs, or a mapping; the sites that a mapping leaves out
-            get 1.
+        rates: A rule of this module, a function of the costs, or a mapping; the sites that a mapping leaves
+            out get 1.
         costs: Ordered site name to share of the cost of a whole step.
 
     Raises:
