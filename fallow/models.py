@@ -65,7 +65,7 @@ class PoolPad(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ReLU(shortcut(x) + branch(x)), branch = conv3x3-BN-ReLU-conv3x3-BN (post-activation, as He and Huang)."""
+    """ReLU(shortcut(x) + branch(x)) with branch = conv3x3-BN-ReLU-conv3x3-BN, as He and Huang."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__()

@@ -15,7 +15,9 @@ def weighted_layers(model):
     return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("resnet") and name != "resnet1202"])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name.startswith("resnet") and name != "resnet1202"]
+)
 def test_the_name_is_the_number_of_weighted_layers(name):
     assert weighted_layers(build(name)) == int(name.removeprefix("resnet"))
 
@@ -117,7 +119,10 @@ def test_build_gives_the_image_size_to_the_transformer_alone():
 def test_models_pickle():
     model = build("resnet20")
     again = pickle.loads(pickle.dumps(model))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
