@@ -1,7 +1,8 @@
 """Stochastic depth and dropout that really rest what they drop."""
 
-from . import rates, schedules
-from .errors import (
+from fallow import rates, schedules
+from fallow._version import __version__
+from fallow.errors import (
     ArgumentError,
     DataError,
     FallowError,
@@ -11,8 +12,6 @@ from .errors import (
     SiteError,
     UsageError,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .errors import ArgumentError, RateError, SiteError, check_rate, nearest, refuse_unknown
+from fallow.errors import ArgumentError, RateError, SiteError, check_rate, nearest, refuse_unknown
 
 Costs = Mapping[str, float]
 Rule = Callable[[Costs], Mapping[str, float]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-from .errors import ArgumentError, UsageError, check_choice, check_count, refuse_unknown
+from fallow.errors import ArgumentError, UsageError, check_choice, check_count, refuse_unknown
 
 Schedule = Callable[[int], float]
 
