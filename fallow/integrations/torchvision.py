@@ -1,9 +1,9 @@
 """Importing torchvision, and what needs it, where its compiled part does not fit the installed torch.
 
-torchvision's wheels link CUDA. Beside a CPU build of torch, or one of another version, their compiled operators
-do not load, and `import torchvision` fails because one of them, nms, is missing; timm and the image models of
-transformers fail with it. Models and transforms need none of these operators, so it is enough that they are
-declared.
+torchvision's wheels link CUDA. Beside a CPU build of torch, or one of another version, their compiled
+operators do not load, and `import torchvision` fails because one of them, nms, is missing; timm and the image
+models of transformers fail with it. Models and transforms need none of these operators, so it is enough that
+they are declared.
 """
 
 from __future__ import annotations
