@@ -1,8 +1,8 @@
 """One self-contained HTML page from the results of one or several runs.
 
 The page is drawn from `results.json` alone and never re-runs anything. It needs no JavaScript, makes no
-request, follows the reader's light or dark scheme, and has a table beside each plot. The same results give the
-same bytes.
+request, follows the reader's light or dark scheme, and has a table beside each plot. The same results give
+the same bytes.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ class Section:
 def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
     """The figures a reader looks for first, those of them that the run has."""
     model, twin = (get(results, "arms", arm, "summary") for arm in ("model", "twin"))
-    summary, budget = get(results, "summary"), get(results, "budget")
-    ideal = get(budget, "ideal_flops")
+    summary, time = get(results, "summary"), _tables.ideals(results)[0]
     sites = len(_words.records(results.get("sites")))
     error, images = get(model, "test_error"), get(model, "test_images")
     beside = f"on {_words.count(images)} images"
@@ -57,8 +56,8 @@ def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
             get(summary, "time_ratio", "median"),
             Tile(
                 "time per step",
-                f"× {_words.plain(get(summary, 'time_ratio', 'median'), '.2f')}",
-                f"of constant depth; ideal by FLOPs {_words.plain(ideal, '.2f')}",
+                _words.plain(get(summary, "time_ratio", "median"), ".2f"),
+                f"of constant depth; ideal {_words.plain(time, '.2f')}",
             ),
         ),
         (
@@ -71,9 +70,7 @@ def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
         ),
         (
             get(summary, "memory_ratio"),
-            Tile(
-                "peak memory", f"× {_words.plain(get(summary, 'memory_ratio'), '.2f')}", "of constant depth"
-            ),
+            Tile("peak memory", _words.plain(get(summary, "memory_ratio"), ".2f"), "of constant depth"),
         ),
         (
             get(model, "realised_depth"),

@@ -82,11 +82,15 @@ def sites(results: dict[str, Any]) -> Table:
     return Table("Survival rate of every site", columns, tuple(rows))
 
 
+def ideals(results: dict[str, Any]) -> tuple[Any, Any]:
+    """The ideal ratios of time (from the measured share where known, else from FLOPs) and of FLOPs."""
+    flops, time = get(results, "budget", "ideal_flops"), get(results, "budget", "ideal_time")
+    return (flops if number(time) is None else time), flops
+
+
 def ratios(results: dict[str, Any]) -> list[tuple[str, float, float | None, float | None, float | None]]:
     """What is compared with constant depth: (name, ratio, low, high, ideal), where measured."""
-    summary, budget = get(results, "summary"), get(results, "budget")
-    flops, time = get(budget, "ideal_flops"), get(budget, "ideal_time")
-    time = flops if number(time) is None else time
+    summary, time, flops = get(results, "summary"), *ideals(results)
     asked = [
         ("CPU time per step", get(summary, "time_ratio"), time),
         ("wall time per step", get(summary, "wall_ratio"), time),
@@ -125,8 +129,7 @@ def against_ideal(results: dict[str, Any]) -> Table:
 
 def _measures(results: dict[str, Any]) -> list[tuple[str, Callable[[str, Any], str], Any, Any]]:
     """The rows of the summary: (name, text of an arm, ratio to the twin, ideal)."""
-    found, budget = get(results, "summary"), get(results, "budget")
-    flops, time = get(budget, "ideal_flops"), get(budget, "ideal_time")
+    found, time, flops = get(results, "summary"), *ideals(results)
     cost = get(found, "realised_cost")
 
     def of(key: str, write: Callable[[Any], str]) -> Callable[[str, Any], str]:
@@ -171,7 +174,7 @@ def compared(named: Sequence[tuple[str, dict[str, Any]]]) -> Table:
             words.count(get(value, "summary", "test_images")),
             words.milliseconds(get(value, "summary", "cpu_s_per_step")),
             words.ratio(get(results, "summary", "time_ratio", "median")) if arm == "model" else words.MISSING,
-            words.ratio(get(results, "budget", "ideal_flops")) if arm == "model" else words.MISSING,
+            words.ratio(ideals(results)[0]) if arm == "model" else words.MISSING,
             words.megabytes(get(value, "summary", "peak_memory_mb")),
             str(results.get("status", words.MISSING)),
         )

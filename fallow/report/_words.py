@@ -1,8 +1,8 @@
 """Numbers out of a results file, and the plain words made from them.
 
 A results file may come from a run that failed, was interrupted or is still running, so nothing here assumes
-that a field is present, of the right type or finite: `get` walks, `number` accepts finite numbers only, and the
-writers of text say "–" for what is not there.
+that a field is present, of the right type or finite: `get` walks, `number` accepts finite numbers only, and
+the writers of text say "–" for what is not there.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def standard_error(share: Any, trials: Any) -> float | None:
 def difference_in_errors(first: Any, first_trials: Any, second: Any, second_trials: Any) -> float | None:
     """How many standard errors lie between two error shares (absolute).
 
-    The standard error is the pooled one, sqrt(e (1 - e) (1/n + 1/m)) with e the error over both counts: the one
-    that holds when both nets are equally good, and that does not vanish when one of them made no mistake at all.
-    Both nets see the same images, so their errors tend to be positively correlated, and the number of standard
-    errors is then, if anything, too small: it errs on the side of "within noise".
+    The standard error is the pooled one, sqrt(e (1 - e) (1/n + 1/m)) with e the error over both counts: the
+    one that holds when both nets are equally good, and that does not vanish when one of them made no mistake
+    at all. Both nets see the same images, so their errors tend to be positively correlated, and the number of
+    standard errors is then, if anything, too small: it errs on the side of "within noise".
     """
     a, b, n, m = (number(x) for x in (first, second, first_trials, second_trials))
     if a is None or b is None or not n or not m or n < 0 or m < 0 or not (0 <= a <= 1 and 0 <= b <= 1):
