@@ -48,7 +48,8 @@ def read_npz(folder: Path, name: str, names: Sequence[str] | None = None) -> Raw
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file; objects, which would be pickles, are refused."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # The file is opened here because numpy leaves it open where it is no zip archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files if key in (*_KEYS, "class_names")}
     except Exception as error:  # zip, zlib, header and memory errors alike: the file cannot be used
         raise DataError(

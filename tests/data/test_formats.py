@@ -149,7 +149,9 @@ def test_npz_class_names(tmp_path):
     assert load("imagefolder", tmp_path).class_names == ("ant", "bee", "cow")
 
 
-@pytest.mark.parametrize(("name", "module"), [("digits", "sklearn"), ("svhn", "scipy"), ("imagefolder", "PIL")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("digits", "sklearn"), ("svhn", "scipy"), ("imagefolder", "PIL")]
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, module):
     import sys
 

@@ -139,7 +139,9 @@ def png(colour, size=(12, 8), mode="RGB", kind="PNG"):
 def write_imagefolder(folder, held_out="val"):
     """Two classes of plain colours: 3 and 2 training images, 1 and 1 held out."""
     for part, counts in (("train", (3, 2)), (held_out, (1, 1))):
-        for (name, colour), count in zip({"ants": (255, 0, 0), "bees": (0, 0, 255)}.items(), counts, strict=True):
+        for (name, colour), count in zip(
+            {"ants": (255, 0, 0), "bees": (0, 0, 255)}.items(), counts, strict=True
+        ):
             place = folder / part / name
             place.mkdir(parents=True)
             for number in range(count):
