@@ -12,6 +12,7 @@ from typing import Any
 
 MISSING = "–"
 SPACE = "\u00a0"  # a number and its unit stay on one line
+LARGEST = 1e60  # beyond float32's range by far: only a broken run gets there, and axes cannot hold it
 MANY_IMAGES = 2000  # from here on, the second decimal of a test error in percent is not all noise
 
 
@@ -25,14 +26,14 @@ def get(tree: Any, *path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (missing, text, bool, NaN, infinity)."""
+    """`value` as a float that can be drawn; None for all else (text, bool, NaN, infinite or absurdly large)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         result = float(value)
     except OverflowError:  # an integer beyond the range of floats
         return None
-    return result if math.isfinite(result) else None
+    return result if abs(result) <= LARGEST else None  # NaN compares false
 
 
 def numbers(values: Any) -> list[float]:
@@ -51,7 +52,8 @@ def plain(value: Any, form: str = ".4g", scale: float = 1.0, unit: str = "") -> 
     if found is not None:
         return f"{found * scale:{form}}".replace("-", "\u2212") + (SPACE + unit if unit else "")
     if isinstance(value, float):
-        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "\u2212∞")
+        name = "NaN" if math.isnan(value) else f"{value:.2e}" if math.isfinite(value) else f"{value}"
+        return name.replace("-", "\u2212").replace("inf", "∞")
     return MISSING
 
 
