@@ -12,17 +12,28 @@ from fallow.errors import (
     SiteError,
     UsageError,
 )
+from fallow.noise import StochasticDepth, stochastic_depth
+from fallow.surgery import Handle, Report, Site, Sites, apply, handle_of, sites
 
 __all__ = [
     "ArgumentError",
     "DataError",
     "FallowError",
+    "Handle",
     "MissingExtra",
     "RateError",
+    "Report",
     "RunError",
+    "Site",
     "SiteError",
+    "Sites",
+    "StochasticDepth",
     "UsageError",
     "__version__",
+    "apply",
+    "handle_of",
     "rates",
     "schedules",
+    "sites",
+    "stochastic_depth",
 ]

@@ -1,0 +1,50 @@
+"""Re-estimate BatchNorm statistics for the network as it is at evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fallow.errors import UsageError
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace running statistics by the average over ``batches``, equal weight each; flags are restored."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    flags = [(m, m.training) for m in model.modules()]
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    count = 0
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.train()
+            m.momentum = None  # cumulative average
+        with torch.no_grad():
+            for batch in batches:
+                call_model(model, inputs_of(batch))
+                count += 1
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+        for m, training in flags:
+            m.training = training
+    if norms and not count:
+        raise UsageError("recalibrate got no batch, and the statistics are reset: pass at least one batch of inputs")
+
+
+def inputs_of(batch: Any) -> Any:
+    """The model's inputs of a batch: of an (inputs, target) pair the first; else the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call with a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(**inputs)
