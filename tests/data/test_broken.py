@@ -195,6 +195,19 @@ def test_a_cut_archive_is_refused(tmp_path, share, kind):
     refused("cifar10", tmp_path, str(path), "corrupt or cut short")
 
 
+def test_an_archive_with_a_wrong_check_sum_is_refused(tmp_path):
+    folder = tmp_path / "unpacked"
+    w.write_cifar_binary(folder, w.arrays(train=400))
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    w.archive(folder, path)
+    shutil.rmtree(folder)
+    data = path.read_bytes()
+    path.write_bytes(
+        data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]
+    )  # the CRC of the whole
+    refused("cifar10", tmp_path, str(path), "corrupt or cut short")
+
+
 def test_an_archive_of_another_set(tmp_path):
     folder = tmp_path / "unpacked"
     w.write_cifar_binary(folder, w.arrays(), coarse=True)
