@@ -202,9 +202,7 @@ def test_an_archive_with_a_wrong_check_sum_is_refused(tmp_path):
     w.archive(folder, path)
     shutil.rmtree(folder)
     data = path.read_bytes()
-    path.write_bytes(
-        data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]
-    )  # the CRC of the whole
+    path.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # the CRC of the whole
     refused("cifar10", tmp_path, str(path), "corrupt or cut short")
 
 
