@@ -41,7 +41,7 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / RESULTS
     try:
-        results = json.loads(path.read_bytes())
+        results = _printable(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         what = f"holds no {RESULTS}" if path.parent.is_dir() else "is not a folder"
         raise DataError(
@@ -57,7 +57,7 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is not valid JSON ({error}): it was cut off or changed; continue the run with "
             f"fallow train --resume {folder}, which writes it anew, or restore a copy."
         ) from None
-    return _checked(_printable(results), path)
+    return _checked(results, path)
 
 
 def _checked(results: Any, path: Path) -> dict[str, Any]:

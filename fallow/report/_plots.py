@@ -7,7 +7,7 @@ from typing import Any
 
 from fallow.errors import need
 from fallow.report import _shapes, _svg, _tables, _words
-from fallow.report._shapes import Bar, Line, Plot, bands
+from fallow.report._shapes import Band, Bar, Line, Plot, bands
 from fallow.report._svg import COLOUR
 from fallow.report._tables import Table, arms, label, series
 from fallow.report._words import get, number, numbers, records
@@ -93,40 +93,12 @@ def depth(results: dict[str, Any], prefix: str) -> Plot | None:
     values = numbers(get(results, "arms", "model", "depths"))
     if not values:
         return None
+    parts = bands(values, BINS)
     expected = number(get(results, "budget", "expected_depth"))
     whole = len(records(results.get("sites"))) or number(get(results, "budget", "sites"))
-    parts = bands(values, BINS)
-    grouped = len(parts) < len(values)
-
-    def paint(axes: Any) -> None:
-        ticker = need("matplotlib.ticker", "lab")
-        middle = [(first + last) / 2 for first, last, *_ in parts]
-        if grouped:
-            low, high = [part[3] for part in parts], [part[4] for part in parts]
-            axes.fill_between(middle, low, high, color=COLOUR["model"], alpha=0.22, linewidth=0)
-        axes.plot(
-            middle,
-            [part[2] for part in parts],
-            color=COLOUR["model"],
-            linewidth=1.5,
-            marker="" if grouped else "o",
-            markersize=3,
-        )
-        if expected is not None:
-            axes.axhline(expected, color=COLOUR["ink"], linewidth=1.4, linestyle=(0, (5, 3)))
-        if whole:
-            axes.axhline(whole, color=COLOUR["twin"], linewidth=1.8)
-        axes.set_title("branches that worked")
-        axes.set_xlabel("training step")
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-
-    legend = [
-        (
-            "line model",
-            f"realised, mean of every {round(len(values) / len(parts))} steps" if grouped else "realised",
-        )
-    ]
-    legend += [("band model", "least to most in those steps")] if grouped else []
+    size = -(-len(values) // len(parts))  # of the longest band
+    legend = [("line model", "realised" if size == 1 else f"realised, mean of every {size} steps")]
+    legend += [("band model", "least to most in those steps")] if size > 1 else []
     legend += [("dash ink", f"expected, {expected:.2f}")] if expected is not None else []
     legend += [("line twin", f"every branch, {whole:g}")] if whole else []
     rows = tuple(
@@ -136,11 +108,28 @@ def depth(results: dict[str, Any], prefix: str) -> Plot | None:
     table = Table("Realised depth", ("steps", "mean", "least", "most"), rows)
     overall = sum(values) / len(values)
     note = f"Over {_words.count(len(values))} steps the realised depth was {overall:.2f} on average."
-    name = f"{prefix}depth"
-    drawing = _svg.draw(
-        name, "Realised depth of the training steps. The numbers are in the table beside.", paint
+    name, said = (
+        f"{prefix}depth",
+        "Realised depth of the training steps. The numbers are in the table beside.",
     )
+    drawing = _svg.draw(name, said, lambda axes: _paint_depth(axes, parts, expected, whole))
     return Plot(name, "Depth of every step", note, drawing, tuple(legend), table)
+
+
+def _paint_depth(axes: Any, parts: Sequence[Band], expected: float | None, whole: float | None) -> None:
+    """Bands of steps, the expected depth and that of all branches."""
+    middle = [(first + last) / 2 for first, last, *_ in parts]
+    mean, low, high = ([part[i] for part in parts] for i in (2, 3, 4))
+    few = {"marker": "o", "markersize": 3} if len(parts) < BINS else {}
+    axes.fill_between(middle, low, high, color=COLOUR["model"], alpha=0.22, linewidth=0)
+    axes.plot(middle, mean, color=COLOUR["model"], linewidth=1.5, **few)
+    if expected is not None:
+        axes.axhline(expected, color=COLOUR["ink"], linewidth=1.4, linestyle=(0, (5, 3)))
+    if whole:
+        axes.axhline(whole, color=COLOUR["twin"], linewidth=1.8)
+    axes.set_title("branches that worked")
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(need("matplotlib.ticker", "lab").MaxNLocator(6, integer=True))
 
 
 def survival(results: dict[str, Any], prefix: str) -> Plot | None:

@@ -62,6 +62,7 @@ def curves(axes: Any, lines: Sequence[Line], title: str, bottom: str) -> None:
     axes.set_xlabel(bottom)
 
 
+Band = tuple[int, int, float, float, float]  # first and last step, mean, least, greatest
 Bar = tuple[str, float, float | None, float | None, float | None]
 
 
@@ -94,7 +95,7 @@ def bar_legend(rows: Sequence[Bar]) -> tuple[tuple[str, str], ...]:
     return (*marks, ("line twin", "constant depth"))
 
 
-def bands(values: Sequence[float], most: int) -> list[tuple[int, int, float, float, float]]:
+def bands(values: Sequence[float], most: int) -> list[Band]:
     """At most `most` runs of consecutive values, of equal length to within one.
 
     Returns:

@@ -26,7 +26,7 @@ def get(tree: Any, *path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a float that can be drawn; None for all else (text, bool, NaN, infinite or absurdly large)."""
+    """`value` as a float that can be drawn; None for all else (text, bool, NaN, infinite, absurdly large)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
