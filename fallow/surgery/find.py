@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from fallow.surgery.trace import Op, Slot, Trace
 
+SUMS = ("aten.add.Tensor", "aten.add_.Tensor")
 _VIEWS = (
     "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze slice select split split_with_sizes "
     "chunk unbind clone contiguous alias detach _to_copy to copy flatten unflatten as_strided narrow unsafe_split "
@@ -64,6 +65,7 @@ class Branch:
     kind: str  # "identity" | "transition"
     block: str
     sum_op: int
+    sum_number: int  # which of the forward's additions of two tensors
     branch_at: int  # which operand of the addition the branch is
     source: int
     shortcut: int
@@ -165,7 +167,7 @@ class Finder:
     # --- candidates -----------------------------------------------------------------------------------
     def run(self) -> None:
         for op in self.trace.ops:
-            if op.name in ("aten.add.Tensor", "aten.add_.Tensor") and len(op.inputs) == 2 and op.inputs[0] != op.inputs[1]:
+            if op.name in SUMS and len(op.inputs) == 2 and op.inputs[0] != op.inputs[1]:
                 self._consider(op)
         self._nest()
         self._name()
@@ -294,18 +296,11 @@ class Finder:
             return self._refuse(op, "a value inside its branch is used outside the branch too")
         if at == 0 and op.alpha != 1:
             return self._refuse(op, "its shortcut is scaled (alpha), so resting the branch would not leave the identity")
-        roles, free = self._roles(region, own, source)
+        roles, inner = self._roles(region, own)
         if not roles:
             return self._refuse(op, "its branch is written without a module of its own, so there is nothing to rest")
         trace, values = self.trace, self.trace.values
         ops = [trace.ops[o] for o in sorted(own) if trace.ops[o].weights or self._on(region, trace.ops[o])]
-        inner = sum(
-            base_name(o) == "add"
-            and any(i in region for i in o.inputs)
-            and not all(i in region for i in o.inputs)
-            and len(o.inputs) > 1
-            for o in free
-        )
         total = op.outputs[0]
         after = max(self._storage_writes.get(values[total].storage, -1), self._storage_writes.get(values[shortcut].storage, -1))
         onto_shortcut = op.name.startswith("aten.add_") and at == 1
@@ -314,6 +309,7 @@ class Finder:
             kind=kind,
             block=self._common([op, *ops], op),
             sum_op=op.index,
+            sum_number=sum(o.name in SUMS for o in trace.ops[: op.index]),
             branch_at=at,
             source=source,
             shortcut=shortcut,
@@ -338,8 +334,11 @@ class Finder:
     def _on(self, region: set[int], op: Op) -> bool:
         return any(v in region for v in op.outputs)
 
-    def _roles(self, region: set[int], own: set[int], source: int) -> tuple[list[Role], list[Op]]:
-        """The outermost module calls inside the branch, in order, and the operations in none of them."""
+    def _roles(self, region: set[int], own: set[int]) -> tuple[list[Role], int]:
+        """The outermost module calls inside the branch, in order, and how many sums between them are inner ones.
+
+        An inner sum adds something to the branch's rows on their way, so it is not the residual one.
+        """
         trace = self.trace
         counts: dict[str, int] = {}
         for call in trace.calls:
@@ -352,12 +351,12 @@ class Finder:
                 outermost[inside[-1]] = None
             else:
                 free.append(op)
-        roles, carrying = [], set()
+        roles, carrying, inner = [], set(), 0
         pending = sorted(free, key=lambda o: o.index)
         for c in sorted(outermost):
             call = trace.calls[c]
             while pending and pending[0].index < call.start:
-                self._carry(pending.pop(0), carrying)
+                inner += self._carry(pending.pop(0), carrying)
             entry = not any(v in carrying for v in call.inputs.values())
             rows = {p: trace.batch.get(v) for p, v in call.inputs.items() if v not in carrying}
             slots = [s.value for s in _slots(call.template)]
@@ -367,16 +366,20 @@ class Finder:
             shape_in = trace.values[arrives[0]].shape if arrives else ()
             roles.append(Role(call.name, c, entry, rows, call.template, on_path, shape_in, shapes))
             carrying |= {v for v in region if call.start <= trace.values[v].op < call.end}
-        return [r for r in roles if not self._ungated(r, counts)], free
+        inner += sum(self._carry(op, carrying) for op in pending)
+        return [r for r in roles if not self._ungated(r, counts)], inner
 
     def _ungated(self, role: Role, counts: dict[str, int]) -> bool:
         """A module without parameters that is called elsewhere too (one ReLU for all): it works on any rows."""
         module = self.trace.calls[role.call].module
         return counts[role.module] > 1 and not any(True for _ in module.parameters())
 
-    def _carry(self, op: Op, carrying: set[int]) -> None:
-        if any(i in carrying for i in op.inputs):
+    def _carry(self, op: Op, carrying: set[int]) -> bool:
+        """Follow the rows through an operation; whether it adds something else to them."""
+        mine = [i in carrying for i in op.inputs]
+        if any(mine):
             carrying.update(op.outputs)
+        return any(mine) and not all(mine) and len(mine) > 1 and base_name(op) == "add"
 
     def _contained(self, call: int, own: set[int]) -> bool:
         c = self.trace.calls[call]

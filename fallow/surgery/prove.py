@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fallow.rows import Selection
 from fallow.surgery.branch import BranchState, Run, autocast_dtype
-from fallow.surgery.find import Branch
+from fallow.surgery.find import SUMS, Branch
 from fallow.surgery.handle import Handle
 
 _SCALE = 1.25
@@ -23,7 +23,7 @@ Decision = Callable[[BranchState, tuple[Tensor, int]], Run]
 
 
 class _Masked(TorchDispatchMode):
-    """Runs the dense model with each branch masked at its sum, found by the operation's number."""
+    """Runs the dense model with each branch masked at its sum, found by the addition's number."""
 
     def __init__(self, branches: dict[int, tuple[Branch, Selection | None]]) -> None:
         super().__init__()
@@ -33,8 +33,10 @@ class _Masked(TorchDispatchMode):
         self.sizes: dict[str, tuple[float, float]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) not in SUMS:  # other operations may come and go, detach for one
+            return func(*args, **(kwargs or {}))
         self.count += 1
-        if self.count not in self.branches or "aten.add" not in str(func):
+        if self.count not in self.branches:
             return func(*args, **(kwargs or {}))
         branch, selection = self.branches[self.count]
         z, shortcut = args[branch.branch_at], args[1 - branch.branch_at]
@@ -74,7 +76,8 @@ def check(
         selections: branch name -> rows kept, None for none.
     """
     by_name = {b.name: b for b in branches}
-    reference = _Masked({by_name[n].sum_op: (by_name[n], s) for n, s in selections.items()})
+    selections = {n: s for n, s in selections.items() if n in by_name}
+    reference = _Masked({by_name[n].sum_number: (by_name[n], s) for n, s in selections.items()})
     sums: dict[str, Tensor] = {}
     begun: list[str] = []
 
@@ -82,9 +85,9 @@ def check(
         sums[branch.name] = out.detach().clone()
 
     def decide(branch: BranchState, entry: tuple[Tensor, int]) -> Run | None:
-        begun.append(branch.name)
         if branch.name not in selections:
             return None
+        begun.append(branch.name)
         selection = selections[branch.name]
         return Run(branch, _SCALE, selection, selection is None, watch=watch)
 

@@ -8,6 +8,7 @@ it absorbs every operation, and the addition gives back the shortcut itself: not
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ _RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten"}
 _BROADCASTS = {"add", "sub", "mul", "div", "__mul__", "__rmul__", "__sub__", "__rsub__", "__truediv__", "__add__"}
 _BROADCASTS |= {"__radd__", "true_divide", "multiply", "subtract", "where", "maximum", "minimum", "pow", "lerp"}
 _BROADCASTS |= {"add_", "mul_", "sub_", "div_", "addcmul", "masked_fill"}
+_JOINS = {"cat", "concat", "concatenate", "stack"}
 _KEEP_DIM = _BROADCASTS | {"relu", "gelu", "silu", "dropout", "tanh", "sigmoid", "to", "float", "contiguous", "clone"}
 # What a rested stand-in answers from the tensor it stands on, and what it hands out in several pieces.
 _FACTS = {"size", "dim", "stride", "numel", "nelement", "ndimension", "is_contiguous", "get_device", "element_size"}
@@ -123,11 +125,18 @@ def _first(args: Any, kwargs: Any) -> Rows:
     raise TypeError("no rows among the arguments")  # pragma: no cover - torch calls us with one
 
 
+_SHAPES = _RESHAPES | {"permute", "transpose", "flatten", "unsqueeze", "squeeze", "movedim", "swapaxes", "t"}
+
+
 def _absorb(first: Rows, func: Callable, name: str, args: Any, kwargs: Any) -> Any:
     if name in _FACTS or name == "__get__":
         with _plain():
             out = func(*args, **kwargs)
         return rest(out, first.run) if isinstance(out, Tensor) else out
+    if name in _SHAPES:  # views: free, and code between modules may ask for the shape next
+        with _plain(), torch.no_grad(), suppress(RuntimeError, IndexError):
+            return wrap(func(*args, **kwargs), first.run, -1)
+        return first
     if name in _PIECES:
         with _plain(), torch.no_grad():
             out = func(*args, **kwargs)
@@ -141,6 +150,8 @@ def _work(first: Rows, func: Callable, name: str, args: Any, kwargs: Any) -> Any
     run, selection = first.run, first.run.selection
     if selection is not None and name in _BROADCASTS:
         args = tuple(_aligned(a, first) for a in args)
+    elif selection is not None and name in _JOINS and isinstance(args[0], (list, tuple)):
+        args = ([_aligned(a, first) for a in args[0]], *args[1:])
     with _plain():
         try:
             out = func(*args, **kwargs)
