@@ -87,7 +87,9 @@ def _checked(survival_rate: float | None, mode: str, sampler: str, scale: str, r
     check_choice("scale", scale, ("train", "eval"))
     check_choice("rows", rows, ("window", "scattered"))
     if survival_rate is None:
-        raise ArgumentError("stochastic_depth needs survival_rate, the probability in (0, 1] that the branch is kept")
+        raise ArgumentError(
+            "stochastic_depth needs survival_rate, the probability in (0, 1] that the branch is kept"
+        )
     return check_rate(survival_rate)
 
 
@@ -102,7 +104,9 @@ def _device(generator: torch.Generator | None) -> torch.device:
 def _select(total: int, p: float, sampler: str, rows: str, generator: torch.Generator | None) -> Selection:
     device = _device(generator)
     if sampler == "bernoulli":
-        return subset.select_mask(torch.rand(total, generator=generator, dtype=torch.float64, device=device) < p)
+        return subset.select_mask(
+            torch.rand(total, generator=generator, dtype=torch.float64, device=device) < p
+        )
     whole = p * total
     floor = round(whole) if abs(whole - round(whole)) < 1e-9 else math.floor(whole)
     count = floor + (_uniform(generator) < whole - floor)

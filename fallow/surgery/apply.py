@@ -145,7 +145,14 @@ def apply(
         raise SiteError(_no_sites(survey.sites))
     order = [b.name for branches in survey.branches.values() for b in branches]
     states = _states(model, survey.branches, order)
-    handle = Handle(model, list(survey.sites), survey.branches, states, Options(mode, sampler, scale, grads, ranks, rows, seed), schedule)
+    handle = Handle(
+        model,
+        list(survey.sites),
+        survey.branches,
+        states,
+        Options(mode, sampler, scale, grads, ranks, rows, seed),
+        schedule,
+    )
     handle._refuse_unreduced()
     handle.set_rates(rates)
     try:
@@ -158,7 +165,9 @@ def apply(
     return handle
 
 
-def _states(model: nn.Module, branches: dict[str, list[Branch]], order: list[str]) -> dict[str, list[BranchState]]:
+def _states(
+    model: nn.Module, branches: dict[str, list[Branch]], order: list[str]
+) -> dict[str, list[BranchState]]:
     position = {name: i for i, name in enumerate(sorted(order, key=lambda n: _sum_op(branches, n)))}
     return {s: [branch_state(model, b, s, position[b.name]) for b in bs] for s, bs in branches.items()}
 
@@ -224,7 +233,9 @@ def _survey(
         refused = list(finder.refused)
         branches = _unshared(finder.branches, trace, refused)
         branches = _chosen(branches, granularity, include, exclude, named)
-        why = _proved(model, branches, tiled=probe.tiled(args, kwargs, probe.ROWS[0]), batch_known=batch_known)
+        why = _proved(
+            model, branches, tiled=probe.tiled(args, kwargs, probe.ROWS[0]), batch_known=batch_known
+        )
     refused += [Refused(b.name, why["batch"][b.name]) for b in branches if b.name in why["batch"]]
     good = [b for b in branches if b.name not in why["batch"]]
     taken = {b.name for b in branches}
@@ -311,7 +322,9 @@ def _site(name: str, group: list[Branch], row: dict[str, str], dense: int) -> Si
 # --- the proof ------------------------------------------------------------------------------------------
 
 
-def _proved(model: nn.Module, branches: list[Branch], tiled: tuple, batch_known: bool) -> dict[str, dict[str, str]]:
+def _proved(
+    model: nn.Module, branches: list[Branch], tiled: tuple, batch_known: bool
+) -> dict[str, dict[str, str]]:
     """Mode -> branch -> why it cannot rest so."""
     why: dict[str, dict[str, str]] = {"batch": {}, "row": {}}
     if not branches:
@@ -353,7 +366,9 @@ def _until_right(model, handle, branches, tiled, why: dict[str, str], mode: str,
             else:
                 total = probe.ROWS[0]
                 plan[b.name] = (
-                    Selection(total, 2, index=torch.tensor([i % 2, 3])) if parity else Selection(total, 1 + i % 3, i % total)
+                    Selection(total, 2, index=torch.tensor([i % 2, 3]))
+                    if parity
+                    else Selection(total, 1 + i % 3, i % total)
                 )
         verdict = prove.check(model, handle, [b for b in able if b.name not in cleared], tiled, plan)
         if not verdict:
@@ -361,7 +376,9 @@ def _until_right(model, handle, branches, tiled, why: dict[str, str], mode: str,
         name = verdict[0]
         if _fewer_inner_sums(handle, branches, name):
             continue
-        if name in plan and not prove.check(model, handle, [b for b in able if b.name == name], tiled, {name: plan[name]}):
+        if name in plan and not prove.check(
+            model, handle, [b for b in able if b.name == name], tiled, {name: plan[name]}
+        ):
             cleared.add(name)
         else:
             why[name] = verdict[1]

@@ -30,7 +30,9 @@ class Draw:
 
     index: int
     kept: dict[str, bool] = field(default_factory=dict)  # batch mode: site -> kept
-    rows: dict[tuple[str, int], Selection] = field(default_factory=dict)  # row mode: (site, batch size) -> rows
+    rows: dict[tuple[str, int], Selection] = field(
+        default_factory=dict
+    )  # row mode: (site, batch size) -> rows
     share: dict[str, float] = field(default_factory=dict)  # realised share of rows kept, by site reached
     reached: int = -1  # last branch reached outside a root forward
 

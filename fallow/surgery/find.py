@@ -26,15 +26,34 @@ _NORMS = (
 )
 _PRODUCTS = "convolution _convolution mm addmm bmm baddbmm mkldnn_linear linear"
 _FREE = set(_VIEWS.split())
-_LINEAR = _FREE | set(f"{_POOLS} {_PRODUCTS} add sub native_dropout bernoulli_ dropout empty_like ones_like".split())
+_LINEAR = _FREE | set(
+    f"{_POOLS} {_PRODUCTS} add sub native_dropout bernoulli_ dropout empty_like ones_like".split()
+)
 _LINEAR |= {n for n in _NORMS.split() if "batch_norm" in n}
 _SHORTCUT = _FREE | set(f"{_POOLS} {_NORMS} max_pool2d_with_indices max_pool2d upsample_nearest2d".split())
 _SHORTCUT |= {"upsample_bilinear2d", "zeros", "new_zeros", "_pad_circular", "reflection_pad2d", "rms_norm"}
-_POINTWISE = set("mul div pow sin cos exp tanh sigmoid relu abs neg square reciprocal sqrt rsqrt erf clamp".split())
-_POINTWISE |= {"leaky_relu", "_prelu_kernel", "prelu", "add", "sub", "rsub", "silu", "gelu", "elu", "softplus", "log"}
+_POINTWISE = set(
+    "mul div pow sin cos exp tanh sigmoid relu abs neg square reciprocal sqrt rsqrt erf clamp".split()
+)
+_POINTWISE |= {
+    "leaky_relu",
+    "_prelu_kernel",
+    "prelu",
+    "add",
+    "sub",
+    "rsub",
+    "silu",
+    "gelu",
+    "elu",
+    "softplus",
+    "log",
+}
 _POINTWISE |= {"log1p", "where", "maximum", "minimum", "gt", "lt", "ge", "le", "sgn", "sign", "addcmul"}
 _AFFINE = set(_PRODUCTS.split()) | set(_NORMS.split())
-_HOMOGENEOUS = _FREE | set(f"{_POOLS} max_pool2d relu leaky_relu native_dropout dropout".split()) - {"cat", "stack"}
+_HOMOGENEOUS = _FREE | set(f"{_POOLS} max_pool2d relu leaky_relu native_dropout dropout".split()) - {
+    "cat",
+    "stack",
+}
 
 
 def base_name(op: Op) -> str:
@@ -80,7 +99,9 @@ class Branch:
     copy: bool
     ambiguous: str = ""  # why it is taken only by name
     inside: int = -1  # index of the branch it is nested in
-    norm_values: dict[str, int] = field(default_factory=dict)  # BatchNorm module -> values per row and channel
+    norm_values: dict[str, int] = field(
+        default_factory=dict
+    )  # BatchNorm module -> values per row and channel
     ops: list[int] = field(default_factory=list)
     child: str = ""
     end: list[str] | None = None  # parameters of the affine map the branch ends in
@@ -129,7 +150,9 @@ class Finder:
         """Operations that serve the region alone, and a value of the region that something else reads."""
         own: set[int] = set()
         first = min((self.trace.values[v].op for v in region if self.trace.values[v].op >= 0), default=sum_op)
-        start = self.trace.calls[self.trace.ops[first].call].start if self.trace.ops[first].call >= 0 else first
+        start = (
+            self.trace.calls[self.trace.ops[first].call].start if self.trace.ops[first].call >= 0 else first
+        )
         for op in reversed(self.trace.ops[min(start, first) : sum_op]):
             readers = {r for v in op.outputs for r in self.trace.values[v].readers}
             on_path = any(v in region for v in op.outputs)
@@ -262,13 +285,20 @@ class Finder:
         short_ops, ops = self.ops_of(short), self.ops_of(region)
         names = [base_name(o) for o in short_ops]
         products = [o for o in short_ops if base_name(o) in _PRODUCTS.split()]
-        if not all(n in _SHORTCUT or o in products or self._subsample(o) for n, o in zip(names, short_ops, strict=True)):
+        if not all(
+            n in _SHORTCUT or o in products or self._subsample(o)
+            for n, o in zip(names, short_ops, strict=True)
+        ):
             gate = [o for o in short_ops if base_name(o) in ("mul", "lerp")]
-            deeper = self.depth(region) >= 1 and not products and all(
-                n in _SHORTCUT or n in ("mul", "rsub", "sub", "lerp", "sigmoid") for n in names
+            deeper = (
+                self.depth(region) >= 1
+                and not products
+                and all(n in _SHORTCUT or n in ("mul", "rsub", "sub", "lerp", "sigmoid") for n in names)
             )
             if gate and deeper:
-                return "its shortcut is gated (multiplied), so resting the branch would not leave the identity"
+                return (
+                    "its shortcut is gated (multiplied), so resting the branch would not leave the identity"
+                )
             return ""
         if len(products) > 1 or any(not self._pointwise_product(o) for o in products):
             return ""
@@ -295,14 +325,21 @@ class Finder:
         if escaped is not None:
             return self._refuse(op, "a value inside its branch is used outside the branch too")
         if at == 0 and op.alpha != 1:
-            return self._refuse(op, "its shortcut is scaled (alpha), so resting the branch would not leave the identity")
+            return self._refuse(
+                op, "its shortcut is scaled (alpha), so resting the branch would not leave the identity"
+            )
         roles, inner = self._roles(region, own)
         if not roles:
-            return self._refuse(op, "its branch is written without a module of its own, so there is nothing to rest")
+            return self._refuse(
+                op, "its branch is written without a module of its own, so there is nothing to rest"
+            )
         trace, values = self.trace, self.trace.values
         ops = [trace.ops[o] for o in sorted(own) if trace.ops[o].weights or self._on(region, trace.ops[o])]
         total = op.outputs[0]
-        after = max(self._storage_writes.get(values[total].storage, -1), self._storage_writes.get(values[shortcut].storage, -1))
+        after = max(
+            self._storage_writes.get(values[total].storage, -1),
+            self._storage_writes.get(values[shortcut].storage, -1),
+        )
         onto_shortcut = op.name.startswith("aten.add_") and at == 1
         branch = Branch(
             name="",
@@ -417,7 +454,9 @@ class Finder:
     def _own_weights(self, op: Op, name: str) -> list[str] | None:
         """Weight and bias of a map; None where something else uses one of them, or where either is missing."""
         values = self.trace.values
-        elsewhere = {w for o in self.trace.ops if o is not op and not self._prepares(o, op) for w in o.weights}
+        elsewhere = {
+            w for o in self.trace.ops if o is not op and not self._prepares(o, op) for w in o.weights
+        }
         if op.weights & elsewhere or any(len(values[i].weights) > 1 for i in op.inputs if values[i].weights):
             return None
         if name in _NORMS.split():
@@ -426,11 +465,15 @@ class Finder:
         return sorted(op.weights)
 
     def _prepares(self, op: Op, user: Op) -> bool:
-        """Whether an operation on parameters alone (a transpose, a reshape) serves the user."""
-        return all(not self.trace.values[v].activation for v in op.outputs) and all(
-            r == user.index or self._prepares(self.trace.ops[r], user)
-            for v in op.outputs
-            for r in self.trace.values[v].readers
+        """Whether an operation on parameters alone only rearranges them for the user."""
+        return (
+            base_name(op) in _FREE
+            and all(not self.trace.values[v].activation for v in op.outputs)
+            and all(
+                r == user.index or self._prepares(self.trace.ops[r], user)
+                for v in op.outputs
+                for r in self.trace.values[v].readers
+            )
         )
 
     # --- names ----------------------------------------------------------------------------------------
@@ -462,7 +505,9 @@ class Finder:
             around = len(inner) >= 3 and outer.flops / dense > 2 / 3
             apart = len(inner) >= 2 and self.trace.values[outer.total].shape not in shapes
             if not outer.ambiguous and (around or apart):
-                outer.ambiguous = f"a long skip around {len(inner)} residual sums; its branch is most of the model"
+                outer.ambiguous = (
+                    f"a long skip around {len(inner)} residual sums; its branch is most of the model"
+                )
         for own, outer in owned:
             if outer.ambiguous.startswith("a long skip"):
                 continue

@@ -121,7 +121,9 @@ class Gate:
         if len(slots) != len(leaves):  # an optional output that the example did not have
             slots = [next((s for s in slots if self._carries(s)), None), *[None] * (len(leaves) - 1)]
         marked = [
-            wrap(leaf, run, self.on_path[slot.value]) if isinstance(leaf, Tensor) and self._carries(slot) else leaf
+            wrap(leaf, run, self.on_path[slot.value])
+            if isinstance(leaf, Tensor) and self._carries(slot)
+            else leaf
             for leaf, slot in zip(leaves, slots, strict=True)
         ]
         return tree_unflatten(marked, spec)
@@ -165,7 +167,9 @@ def _ungated(cls: type) -> type:
         return _base(cls)
     # Something (a parametrisation, a sharding wrapper) made a subclass of the gated class since.
     bases = tuple(_ungated(b) if issubclass(b, Gated) else b for b in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
+    return type(
+        cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    )
 
 
 def _carried(values: tuple) -> Rows | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow import masks, rates, schedules
-from fallow.errors import RateError, RunError, SiteError, UsageError
+from fallow.errors import RateError, RunError, UsageError
 from fallow.rows import Selection, select_mask
 from fallow.surgery import gate
 from fallow.surgery.branch import BranchState, Run
@@ -320,10 +320,14 @@ class Handle:
         if self._zeros_seen:
             notes.append(
                 'gradients of rested branches are zeros, not None (zero_grad(set_to_none=False)?): grads="none" '
-                "acts as grads=\"zero\", and weight decay and momentum still move what rests"
+                'acts as grads="zero", and weight decay and momentum still move what rests'
             )
-        if self.options.mode == "row" and self.options.sampler == "bernoulli" and self.options.rows == "window":
-            notes.append("independent row draws are scattered: a window needs sampler=\"exact\"")
+        if (
+            self.options.mode == "row"
+            and self.options.sampler == "bernoulli"
+            and self.options.rows == "window"
+        ):
+            notes.append('independent row draws are scattered: a window needs sampler="exact"')
         return tuple(notes)
 
     # --- state -------------------------------------------------------------------------------------------
@@ -344,7 +348,9 @@ class Handle:
         """
         missing = {"rates", "schedule", "draw", "seed"} - set(state)
         if missing:
-            raise UsageError(f"the handle's state lacks {', '.join(sorted(missing))}; pass what state_dict() gave")
+            raise UsageError(
+                f"the handle's state lacks {', '.join(sorted(missing))}; pass what state_dict() gave"
+            )
         self.set_rates(state["rates"])
         self.schedule = None if state["schedule"] is None else schedules.from_dict(state["schedule"])
         self.options = Options(**{**self.options.__dict__, "seed": int(state["seed"])})
@@ -380,7 +386,9 @@ class Handle:
 
         self._alive()
         if self.options.scale != "eval":
-            raise UsageError('fold is for scale="eval"; with scale="train" evaluation has no factor: call remove()')
+            raise UsageError(
+                'fold is for scale="eval"; with scale="train" evaluation has no factor: call remove()'
+            )
         fold(self.model, self._found, self.current_rates)
         self.remove()
         return self.model

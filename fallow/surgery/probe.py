@@ -30,7 +30,9 @@ def arguments(example: Any) -> tuple[tuple, dict]:
             f"model's forward, got {type(example).__name__}"
         )
     if not any(isinstance(t, Tensor) and t.dim() for t in tree_leaves((args, kwargs))):
-        raise ArgumentError("example holds no tensor with a batch dimension; pass a small batch as the model takes it")
+        raise ArgumentError(
+            "example holds no tensor with a batch dimension; pass a small batch as the model takes it"
+        )
     return args, kwargs
 
 
@@ -140,7 +142,11 @@ def dropping(trace: Trace, model: nn.Module) -> str | None:
         single = name.startswith("bernoulli") and numbers == 1 and len(shape) > 1
         by_row = numbers == trace.rows and len(shape) > 0 and shape[0] == trace.rows
         module = trace.calls[op.call].module if op.call >= 0 else model
-        if (single or by_row) and not isinstance(module, nn.modules.dropout._DropoutNd) and _scales(trace, op.outputs[0]):
+        if (
+            (single or by_row)
+            and not isinstance(module, nn.modules.dropout._DropoutNd)
+            and _scales(trace, op.outputs[0])
+        ):
             return trace.calls[op.call].name if op.call >= 0 else "the model"
     for name, module in model.named_modules():
         for attribute in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):

@@ -43,7 +43,9 @@ class _Masked(TorchDispatchMode):
         self.sizes[branch.name] = (_size(z), _size(shortcut))
         masked = z * _factor(z, branch.dim or 0, selection)
         if branch.branch_at == 0 and func is torch.ops.aten.add_.Tensor:
-            out = func(z.copy_(masked), shortcut, **(kwargs or {}))  # below autograd: any tensor may be written
+            out = func(
+                z.copy_(masked), shortcut, **(kwargs or {})
+            )  # below autograd: any tensor may be written
         else:
             pair = (masked, shortcut) if branch.branch_at == 0 else (shortcut, masked)
             out = func(*pair, **(kwargs or {}))
@@ -64,7 +66,11 @@ def _factor(z: Tensor, dim: int, selection: Selection | None) -> Tensor:
 
 
 def check(
-    model: nn.Module, handle: Handle, branches: list[Branch], inputs: tuple, selections: dict[str, Selection | None]
+    model: nn.Module,
+    handle: Handle,
+    branches: list[Branch],
+    inputs: tuple,
+    selections: dict[str, Selection | None],
 ) -> str | tuple[str, str]:
     """Compare the model at rest with the reference; "" or (name of the first branch that differs, why).
 
@@ -100,7 +106,10 @@ def check(
             model(*inputs[0], **inputs[1])
         except Exception as error:
             last = begun[-1] if begun else branches[0].name
-            return last, f"resting it fails with {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            return (
+                last,
+                f"resting it fails with {type(error).__name__}: {str(error).strip().splitlines()[:1]}",
+            )
         finally:
             handle._probe = None
     for branch in branches:
@@ -116,7 +125,9 @@ def _differs(name: str, sums: dict[str, Tensor], reference: _Masked) -> str:
         return "its branch leaves its modules in a way that hides the residual sum"
     ours, theirs = sums[name], reference.sums[name]
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return f"at rest its sum is {tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}"
+        return (
+            f"at rest its sum is {tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}"
+        )
     size, shortcut = reference.sizes[name]
     eps = torch.finfo(theirs.dtype).eps
     allowed = min(2e3 * eps, 0.1) * size + min(64 * eps, 0.1) * shortcut
@@ -138,7 +149,10 @@ def note_dtypes(model: nn.Module, handle: Handle, inputs: tuple, device: str) ->
     for dtype in dtypes:
         handle._probe = decide
         try:
-            with torch.no_grad(), torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            with (
+                torch.no_grad(),
+                torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+            ):
                 model(*inputs[0], **inputs[1])
         except (RuntimeError, TypeError, ValueError):
             continue  # this model does not run under autocast, so nobody needs its dtypes there

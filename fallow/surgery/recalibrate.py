@@ -13,7 +13,9 @@ from fallow.errors import UsageError
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace running statistics by the average over ``batches``, equal weight each; flags are restored."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     flags = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
     model.eval()
@@ -33,7 +35,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, training in flags:
             m.training = training
     if norms and not count:
-        raise UsageError("recalibrate got no batch, and the statistics are reset: pass at least one batch of inputs")
+        raise UsageError(
+            "recalibrate got no batch, and the statistics are reset: pass at least one batch of inputs"
+        )
 
 
 def inputs_of(batch: Any) -> Any:

@@ -24,17 +24,88 @@ _plain = torch._C.DisableTorchFunctionSubclass
 
 _ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 _RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten"}
-_BROADCASTS = {"add", "sub", "mul", "div", "__mul__", "__rmul__", "__sub__", "__rsub__", "__truediv__", "__add__"}
-_BROADCASTS |= {"__radd__", "true_divide", "multiply", "subtract", "where", "maximum", "minimum", "pow", "lerp"}
+_BROADCASTS = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "__mul__",
+    "__rmul__",
+    "__sub__",
+    "__rsub__",
+    "__truediv__",
+    "__add__",
+}
+_BROADCASTS |= {
+    "__radd__",
+    "true_divide",
+    "multiply",
+    "subtract",
+    "where",
+    "maximum",
+    "minimum",
+    "pow",
+    "lerp",
+}
 _BROADCASTS |= {"add_", "mul_", "sub_", "div_", "addcmul", "masked_fill"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
-_KEEP_DIM = _BROADCASTS | {"relu", "gelu", "silu", "dropout", "tanh", "sigmoid", "to", "float", "contiguous", "clone"}
+_KEEP_DIM = _BROADCASTS | {
+    "relu",
+    "gelu",
+    "silu",
+    "dropout",
+    "tanh",
+    "sigmoid",
+    "to",
+    "float",
+    "contiguous",
+    "clone",
+}
 # What a rested stand-in answers from the tensor it stands on, and what it hands out in several pieces.
-_FACTS = {"size", "dim", "stride", "numel", "nelement", "ndimension", "is_contiguous", "get_device", "element_size"}
-_FACTS |= {"is_floating_point", "is_complex", "storage_offset", "__len__", "__repr__", "__format__", "__hash__"}
+_FACTS = {
+    "size",
+    "dim",
+    "stride",
+    "numel",
+    "nelement",
+    "ndimension",
+    "is_contiguous",
+    "get_device",
+    "element_size",
+}
+_FACTS |= {
+    "is_floating_point",
+    "is_complex",
+    "storage_offset",
+    "__len__",
+    "__repr__",
+    "__format__",
+    "__hash__",
+}
 _FACTS |= {"data_ptr", "untyped_storage", "has_names", "__set__", "requires_grad_", "type"}
-_FACTS |= {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "equal", "allclose", "is_pinned"}
-_PIECES = {"chunk", "split", "unbind", "tensor_split", "__iter__", "split_with_sizes", "max", "min", "topk", "sort"}
+_FACTS |= {
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "item",
+    "tolist",
+    "equal",
+    "allclose",
+    "is_pinned",
+}
+_PIECES = {
+    "chunk",
+    "split",
+    "unbind",
+    "tensor_split",
+    "__iter__",
+    "split_with_sizes",
+    "max",
+    "min",
+    "topk",
+    "sort",
+}
 
 
 class Rows(torch.Tensor):
@@ -57,7 +128,11 @@ class Rows(torch.Tensor):
                     return residual_sum(run, other, mine, written, kwargs.get("alpha", 1))
                 run.inner_sums -= 1
         first = _first(args, kwargs)
-        return _absorb(first, func, name, args, kwargs) if first.run.rested else _work(first, func, name, args, kwargs)
+        return (
+            _absorb(first, func, name, args, kwargs)
+            if first.run.rested
+            else _work(first, func, name, args, kwargs)
+        )
 
 
 def wrap(tensor: Tensor, run: Run, batch_dim: int) -> Rows:
@@ -157,7 +232,11 @@ def _work(first: Rows, func: Callable, name: str, args: Any, kwargs: Any) -> Any
             out = func(*args, **kwargs)
         except RuntimeError:
             # x.view(batch_size, ...) with the batch size read before the rows were taken
-            if selection is None or name not in _RESHAPES or not any(a == selection.total for a in _sizes(args)):
+            if (
+                selection is None
+                or name not in _RESHAPES
+                or not any(a == selection.total for a in _sizes(args))
+            ):
                 raise
             out = func(*_resized(args, selection.total, selection.count), **kwargs)
     dim = first.batch_dim if name in _KEEP_DIM else -1
@@ -165,7 +244,9 @@ def _work(first: Rows, func: Callable, name: str, args: Any, kwargs: Any) -> Any
     def again(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
-        fits = selection is None or (0 <= first.batch_dim < t.dim() and t.shape[first.batch_dim] == selection.count)
+        fits = selection is None or (
+            0 <= first.batch_dim < t.dim() and t.shape[first.batch_dim] == selection.count
+        )
         return wrap(t, run, dim if dim >= 0 or not fits else first.batch_dim)
 
     if name == "__iter__":
@@ -203,4 +284,7 @@ def _resized(args: Any, total: int, count: int) -> tuple[Any, ...]:
             return count
         return a
 
-    return (args[0], *(tuple(swap(v) for v in a) if isinstance(a, (tuple, list)) else swap(a) for a in args[1:]))
+    return (
+        args[0],
+        *(tuple(swap(v) for v in a) if isinstance(a, (tuple, list)) else swap(a) for a in args[1:]),
+    )
