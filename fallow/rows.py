@@ -130,7 +130,7 @@ class _AddRows(torch.autograd.Function):
                 out.narrow(dim, first, length).copy_(x.narrow(dim, first, length))
             return out
         out = x.to(dtype) if dtype != x.dtype else x.clone()
-        index, order = selection.index.to(x.device), _flat_order(out) or list(range(out.dim()))
+        index, order = (selection.index.to(x.device), _flat_order(out) or list(range(out.dim())))
         flat = out.permute(order)
         flat.index_add_(order.index(dim), index, z.to(dtype).permute(order), alpha=scale)
         return out

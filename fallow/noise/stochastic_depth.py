@@ -31,8 +31,9 @@ def stochastic_depth(
 ) -> Tensor:
     """``x + branch(x)`` where the branch may rest, and is then not called.
 
-    Formula: in training ``y = x + b/p branch(x)``, b Bernoulli with mean p (``scale="train"``), at evaluation
-    ``y = x + branch(x)``; with ``scale="eval"`` (Huang et al.) ``y = x + b branch(x)`` and ``x + p branch(x)``.
+    Formula: in training ``y = x + b/p branch(x)``, b Bernoulli with mean p (``scale="train"``), at
+    evaluation ``y = x + branch(x)``; with ``scale="eval"`` (Huang et al.) ``y = x + b branch(x)`` and
+    ``x + p branch(x)``.
 
     Shape:
         x: (rows, ...); ``branch(x)`` has the same shape; so has the result.
@@ -170,4 +171,5 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         """The rate and the mode."""
-        return f"survival_rate={self.survival_rate}, mode={self.mode!r}, sampler={self.sampler!r}, scale={self.scale!r}"
+        words = f"mode={self.mode!r}, sampler={self.sampler!r}, scale={self.scale!r}"
+        return f"survival_rate={self.survival_rate}, {words}"

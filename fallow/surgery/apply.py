@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-from fallow.errors import ArgumentError, SiteError, UsageError, check_choice, nearest, refuse_unknown
-from fallow.rows import Selection
+from fallow.errors import ArgumentError, SiteError, UsageError, check_choice, refuse_unknown
 from fallow.surgery import probe, prove
-from fallow.surgery.branch import BranchState, branch_state
-from fallow.surgery.find import Branch, Finder, Refused
+from fallow.surgery.decide import Options
 from fallow.surgery.gate import Gated
-from fallow.surgery.handle import Handle, Options, handle_of
-from fallow.surgery.site import Site, Sites
-
-
-@dataclass
-class _Survey:
-    """What a model was found to hold."""
-
-    branches: dict[str, list[Branch]]  # site -> its branches
-    sites: Sites
-    why_not: dict[str, dict[str, str]] = field(default_factory=dict)  # mode -> branch -> reason
+from fallow.surgery.handle import Handle, handle_of
+from fallow.surgery.site import Sites
+from fallow.surgery.survey import bind, survey
 
 
 def sites(
@@ -60,7 +47,7 @@ def sites(
         ArgumentError: example is none of the above.
     """
     check_choice("granularity", granularity, ("branch", "block"))
-    return _survey(model, example, granularity, _patterns(include), _patterns(exclude)).sites
+    return survey(model, example, granularity, _patterns(include), _patterns(exclude)).sites
 
 
 def apply(
@@ -140,40 +127,21 @@ def apply(
         check_choice(name, value, allowed)
     _refuse_model(model)
     named = tuple(rates) if isinstance(rates, Mapping) else ()
-    survey = _survey(model, example, granularity, _patterns(include), _patterns(exclude), named)
-    if not survey.sites:
-        raise SiteError(_no_sites(survey.sites))
-    order = [b.name for branches in survey.branches.values() for b in branches]
-    states = _states(model, survey.branches, order)
-    handle = Handle(
-        model,
-        list(survey.sites),
-        survey.branches,
-        states,
-        Options(mode, sampler, scale, grads, ranks, rows, seed),
-        schedule,
-    )
-    handle._refuse_unreduced()
+    found = survey(model, example, granularity, _patterns(include), _patterns(exclude), named)
+    if not found.sites:
+        raise SiteError(_no_sites(found.sites))
+    options = Options(mode, sampler, scale, grads, ranks, rows, seed)
+    handle = Handle(model, list(found.sites), found.branches, bind(model, found.branches), options, schedule)
+    handle._decider.refuse_unreduced()
     handle.set_rates(rates)
     try:
-        _refuse_mode(handle, survey, mode)
+        _refuse_mode(handle)
         _note_dtypes(model, handle, example)
     except BaseException:
         handle.remove()
         raise
     handle.attach()
     return handle
-
-
-def _states(
-    model: nn.Module, branches: dict[str, list[Branch]], order: list[str]
-) -> dict[str, list[BranchState]]:
-    position = {name: i for i, name in enumerate(sorted(order, key=lambda n: _sum_op(branches, n)))}
-    return {s: [branch_state(model, b, s, position[b.name]) for b in bs] for s, bs in branches.items()}
-
-
-def _sum_op(branches: dict[str, list[Branch]], name: str) -> int:
-    return next(b.sum_op for bs in branches.values() for b in bs if b.name == name)
 
 
 def _patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -192,8 +160,8 @@ def _refuse_model(model: nn.Module) -> None:
         )
     if handle_of(model) is not None or any(isinstance(m, Gated) for m in model.modules()):
         raise SiteError(
-            "stochastic depth is on this model already: change it with fallow.handle_of(model).set_rates(...), "
-            "or call remove() first."
+            "stochastic depth is on this model already: change it with "
+            "fallow.handle_of(model).set_rates(...), or call remove() first."
         )
 
 
@@ -208,201 +176,12 @@ def _no_sites(found: Sites) -> str:
     return text
 
 
-# --- the survey ----------------------------------------------------------------------------------------
-
-
-def _survey(
-    model: nn.Module,
-    example: Any,
-    granularity: str,
-    include: tuple[str, ...] | None,
-    exclude: tuple[str, ...] | None,
-    named: tuple[str, ...] = (),
-) -> _Survey:
-    args, kwargs = probe.arguments(example)
-    with probe.undisturbed(model):
-        trace, training, batch_known = probe.traces(model, args, kwargs)
-        if (where := probe.dropping(training, model)) is not None:
+def _refuse_mode(handle: Handle) -> None:
+    for site in handle.sites:
+        if handle.options.mode not in site.modes and handle.rates[site.name] < 1:
             raise SiteError(
-                f"{where} drops paths already; two such noises would multiply. Switch it off (drop_prob=0, "
-                "drop_path_rate=0, layerdrop=0) before fallow.apply."
-            )
-        finder = Finder(trace)
-        finder.run()
-        dense = sum(op.flops for op in trace.ops)
-        refused = list(finder.refused)
-        branches = _unshared(finder.branches, trace, refused)
-        branches = _chosen(branches, granularity, include, exclude, named)
-        why = _proved(
-            model, branches, tiled=probe.tiled(args, kwargs, probe.ROWS[0]), batch_known=batch_known
-        )
-    refused += [Refused(b.name, why["batch"][b.name]) for b in branches if b.name in why["batch"]]
-    good = [b for b in branches if b.name not in why["batch"]]
-    taken = {b.name for b in branches}
-    ambiguous = [Refused(b.name, b.ambiguous) for b in finder.branches if b.ambiguous and b.name not in taken]
-    groups = _groups(good, granularity)
-    table = [_site(name, group, why["row"], dense) for name, group in groups.items()]
-    return _Survey(groups, Sites(table, ambiguous, refused), why)
-
-
-def _unshared(branches: list[Branch], trace: Any, refused: list[Refused]) -> list[Branch]:
-    """Leave out branches whose modules are called more than once in a forward (shared weights)."""
-    calls: dict[str, int] = {}
-    for call in trace.calls:
-        calls[call.name] = calls.get(call.name, 0) + 1
-    kept = []
-    for b in branches:
-        shared = [r.module for r in b.roles if calls[r.module] > 1]
-        if shared:
-            times = calls[shared[0]]
-            refused.append(Refused(b.name, f"its module {shared[0]} is called {times} times in one forward"))
-        else:
-            kept.append(b)
-    return kept
-
-
-def _chosen(
-    branches: list[Branch],
-    granularity: str,
-    include: tuple[str, ...] | None,
-    exclude: tuple[str, ...] | None,
-    named: tuple[str, ...],
-) -> list[Branch]:
-    def site(b: Branch) -> str:
-        return _block_name(b, branches) if granularity == "block" else b.name
-
-    names = [site(b) for b in branches]
-    for pattern in (*(include or ()), *(exclude or ())):
-        if not any(fnmatchcase(n, pattern) for n in names):
-            close = nearest(pattern, names)
-            raise SiteError(f"no site matches {pattern!r}" + (f"; did you mean {close!r}?" if close else "."))
-
-    def wanted(b: Branch) -> bool:
-        name = site(b)
-        if exclude and any(fnmatchcase(name, p) for p in exclude):
-            return False
-        if b.ambiguous:  # a wildcard does not name it
-            return name in named or name in (include or ())
-        return include is None or any(fnmatchcase(name, p) for p in include)
-
-    return [b for b in branches if wanted(b)]
-
-
-def _block_name(branch: Branch, branches: list[Branch]) -> str:
-    """The outermost block of a site that holds this one; flat models have no blocks beyond the branch."""
-    around = [
-        o.block
-        for o in branches
-        if o.block and not o.ambiguous and (branch.block == o.block or branch.block.startswith(o.block + "."))
-    ]
-    return min(around, key=len) if around else branch.name
-
-
-def _groups(branches: list[Branch], granularity: str) -> dict[str, list[Branch]]:
-    groups: dict[str, list[Branch]] = {}
-    for b in branches:
-        groups.setdefault(_block_name(b, branches) if granularity == "block" else b.name, []).append(b)
-    return groups
-
-
-def _site(name: str, group: list[Branch], row: dict[str, str], dense: int) -> Site:
-    reasons = [row[b.name] for b in group if b.name in row]
-    kind = "transition" if any(b.kind == "transition" for b in group) else "identity"
-    return Site(
-        name=name,
-        kind=kind,
-        cost=sum(b.flops for b in group) / dense if dense else 0.0,
-        block=group[0].block,
-        modules=tuple(r.module for b in group for r in b.roles),
-        modes=("batch",) if reasons else ("batch", "row"),
-        why_not_row=reasons[0] if reasons else "",
-    )
-
-
-# --- the proof ------------------------------------------------------------------------------------------
-
-
-def _proved(
-    model: nn.Module, branches: list[Branch], tiled: tuple, batch_known: bool
-) -> dict[str, dict[str, str]]:
-    """Mode -> branch -> why it cannot rest so."""
-    why: dict[str, dict[str, str]] = {"batch": {}, "row": {}}
-    if not branches:
-        return why
-    found = {b.name: [b] for b in branches}
-    table = [Site(b.name, b.kind, 0.0, b.block, ()) for b in branches]
-    handle = Handle(model, table, found, _states(model, found, list(found)), Options())
-    model.eval()
-    with probe.no_silent_parameters(model):
-        try:
-            handle.set_rates(dict.fromkeys(found, 0.5))
-            for parity in (0, 1):
-                _until_right(model, handle, branches, tiled, why["batch"], "batch", parity)
-            why["row"].update(why["batch"])
-            for b in branches:
-                if b.dim is None or not batch_known:
-                    why["row"].setdefault(b.name, "its sum has no one dimension that is the batch")
-            for parity in (0, 1):
-                _until_right(model, handle, branches, tiled, why["row"], "row", parity)
-        finally:
-            handle.remove()
-    return why
-
-
-def _until_right(model, handle, branches, tiled, why: dict[str, str], mode: str, parity: int) -> None:
-    """Check all branches together; set aside the first that differs and check again.
-
-    Rounding differs with the number of rows and adds up over a deep model, so one that differs in company is
-    checked alone before it is refused.
-    """
-    cleared: set[str] = set()
-    while True:
-        able = [b for b in branches if b.name not in why]
-        plan: dict[str, Selection | None] = {}
-        for i, b in enumerate(able):
-            if mode == "batch":
-                if i % 2 == parity:
-                    plan[b.name] = None
-            else:
-                total = probe.ROWS[0]
-                plan[b.name] = (
-                    Selection(total, 2, index=torch.tensor([i % 2, 3]))
-                    if parity
-                    else Selection(total, 1 + i % 3, i % total)
-                )
-        verdict = prove.check(model, handle, [b for b in able if b.name not in cleared], tiled, plan)
-        if not verdict:
-            return
-        name = verdict[0]
-        if _fewer_inner_sums(handle, branches, name):
-            continue
-        if name in plan and not prove.check(
-            model, handle, [b for b in able if b.name == name], tiled, {name: plan[name]}
-        ):
-            cleared.add(name)
-        else:
-            why[name] = verdict[1]
-
-
-def _fewer_inner_sums(handle: Handle, branches: list[Branch], name: str) -> bool:
-    """Try again with one inner sum less: the trace also counts those inside torch's own compositions."""
-    branch = next(b for b in branches if b.name == name)
-    if branch.inner_sums == 0:
-        return False
-    branch.inner_sums -= 1
-    for state in handle._states[name]:
-        state.inner_sums = branch.inner_sums
-    return True
-
-
-def _refuse_mode(handle: Handle, survey: _Survey, mode: str) -> None:
-    if mode != "row":
-        return
-    for site in survey.sites:
-        if "row" not in site.modes and handle.rates[site.name] < 1:
-            raise SiteError(
-                f'{site.name}: cannot rest row by row: {site.why_not_row}. Leave it out with exclude="{site.name}" '
-                'or take mode="batch".'
+                f"{site.name}: cannot rest row by row: {site.why_not_row}. Leave it out with "
+                f'exclude="{site.name}", or take mode="batch".'
             )
 
 

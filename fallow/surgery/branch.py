@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.rows import Selection
-from fallow.surgery.find import Branch
+from fallow.surgery.found import Branch
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def copy(self) -> bool:
-        """Whether something writes into the sum or the shortcut later, so that they must not be one tensor."""
+        """Whether the sum or the shortcut is written into later, so that they must not be one tensor."""
         return self.branch.copy
 
     def sum_dtype(self, shortcut: Tensor) -> torch.dtype:

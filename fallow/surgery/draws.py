@@ -21,7 +21,7 @@ from fallow.errors import RunError, SiteError
 from fallow.rows import Selection
 
 if TYPE_CHECKING:
-    from fallow.surgery.handle import Handle
+    from fallow.surgery.decide import Decider
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Draw:
     """One draw: the decisions of one training forward."""
 
     index: int
+    rates: dict[str, float] = field(default_factory=dict)  # in force
     kept: dict[str, bool] = field(default_factory=dict)  # batch mode: site -> kept
     rows: dict[tuple[str, int], Selection] = field(
         default_factory=dict
@@ -45,8 +46,8 @@ def in_backward() -> bool:
 class DrawBook:
     """Keeps the draws of one applied model."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
         self.current: Draw | None = None  # of the root forward under way, or the latest one
         self.loose: Draw | None = None  # of sites reached outside a root forward
         self.depth = 0  # root forwards under way
@@ -84,9 +85,9 @@ class DrawBook:
         if self._recalled is None:
             if self._unrecalled > 1:
                 raise RunError(
-                    f"{where}: a checkpointed region is recomputed, and which of {self._unrecalled} forwards it "
-                    "belongs to cannot be told. Call the model itself rather than its parts, checkpoint from a "
-                    "residual block on, or run backward after each forward."
+                    f"{where}: a checkpointed region is recomputed, and which of {self._unrecalled} forwards "
+                    "it belongs to cannot be told. Call the model itself rather than its parts, checkpoint "
+                    "from a residual block on, or run backward after each forward."
                 )
             self._recalled = self.loose or self.current
         return self._recalled
@@ -112,12 +113,12 @@ class Mark:
 class RootEnter:
     """Forward pre-hook of the root: a new draw for each outermost training forward."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, decider: Decider) -> None:
+        self.decider = decider
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Start the forward."""
-        book = self.handle._book
+        book = self.decider.book
         if getattr(module, "_is_replica", False):
             raise SiteError(
                 "DataParallel copies the model at every step, and draws would be lost with the copies. "
@@ -132,7 +133,7 @@ class RootEnter:
             return
         if book.depth == 0:
             if not book.held or book.current is None:
-                book.current = book.begin(self.handle._new_draw())
+                book.current = book.begin(self.decider.new_draw())
             for t in tensors:
                 book.remember(t, book.current)
         book.depth += 1
@@ -141,12 +142,12 @@ class RootEnter:
 class RootLeave:
     """Forward hook of the root: marks the end of the forward in the graph; runs after errors too."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, decider: Decider) -> None:
+        self.decider = decider
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         """End the forward."""
-        book = self.handle._book
+        book = self.decider.book
         if not module.training or in_backward():
             return
         book.depth = max(0, book.depth - 1)

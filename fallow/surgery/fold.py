@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.errors import SiteError
-from fallow.surgery.find import Branch
+from fallow.surgery.found import Branch
 
 _HINT = "Leave it at rate 1 to fold the others, or export the applied model as it is."
 

@@ -15,12 +15,12 @@ from torch.utils._pytree import keystr, tree_flatten, tree_map, tree_map_with_pa
 
 from fallow.rows import take
 from fallow.surgery.branch import BranchState, Run
-from fallow.surgery.find import Role
+from fallow.surgery.found import Role
 from fallow.surgery.standin import Rows, rest, unwrap, wrap
 from fallow.surgery.trace import Slot
 
 if TYPE_CHECKING:
-    from fallow.surgery.handle import Handle
+    from fallow.surgery.decide import Decider
 
 
 class Gated(nn.Module):
@@ -40,11 +40,12 @@ def _base(cls: type) -> type:
 
 
 def _rebuild(base: type) -> nn.Module:
-    return gated_class(base).__new__(gated_class(base))
+    cls = gated_class(base)
+    return cls.__new__(cls)
 
 
 @functools.cache
-def gated_class(base: type) -> type:
+def gated_class(base: type) -> Any:
     """The gated subclass of a module class: one for each class, under the same name."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (Gated, base), {**names, "_fallow_base": base})
@@ -53,8 +54,8 @@ def gated_class(base: type) -> type:
 class Gate:
     """Decides, call by call, what a gated module does."""
 
-    def __init__(self, handle: Handle, branch: BranchState, role: Role, first: bool) -> None:
-        self.handle = handle
+    def __init__(self, decider: Decider, branch: BranchState, role: Role, first: bool) -> None:
+        self.decider = decider
         self.branch = branch
         self.entry = role.entry
         self.first = first
@@ -71,7 +72,7 @@ class Gate:
         if carried is not None:
             run = carried.run
         elif self.entry:
-            run = self.handle.begin(self.branch, self._batched(args, kwargs), self.first)
+            run = self.decider.begin(self.branch, self._batched(args, kwargs), self.first)
         else:
             run = None
         if run is None:

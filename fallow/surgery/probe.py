@@ -112,14 +112,14 @@ def run(model: nn.Module, args: tuple, kwargs: dict, rows: int, train: bool) -> 
             return record(model, *tiled(args, kwargs, rows), rows)
     except Exception as error:
         raise SiteError(
-            f"the model cannot run the example (as a batch of {rows} rows, {'training' if train else 'eval'} mode): "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}. "
+            f"the model cannot run the example (a batch of {rows} rows, {'training' if train else 'eval'} "
+            f"mode): {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}. "
             "Pass the inputs of one forward as example="
         ) from error
 
 
 def traces(model: nn.Module, args: tuple, kwargs: dict) -> tuple[Trace, Trace, bool]:
-    """Traces in eval mode (what rests) and training mode (what drops), and whether batch dimensions are known."""
+    """Traces in eval mode (what rests) and training mode (what drops); whether batch dimensions are known."""
     run(model, args, kwargs, ROWS[0], train=False)  # so that what a model computes once and keeps is there
     first = run(model, args, kwargs, ROWS[0], train=False)
     known = mark_batch(first, run(model, args, kwargs, ROWS[1], train=False))
@@ -169,6 +169,4 @@ def _scales(trace: Trace, value: int) -> bool:
                 return True
             if far < 5:
                 todo += [(o, far + 1) for o in op.outputs]
-        if far < 5 and trace.values[v].op >= 0:  # written in place: the new value is the same tensor
-            todo += []
     return False

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fallow.rows import Selection
 from fallow.surgery.branch import BranchState, Run, autocast_dtype
-from fallow.surgery.find import SUMS, Branch
+from fallow.surgery.flow import SUMS
+from fallow.surgery.found import Branch
 from fallow.surgery.handle import Handle
 
 _SCALE = 1.25
@@ -98,10 +99,10 @@ def check(
         return Run(branch, _SCALE, selection, selection is None, watch=watch)
 
     with torch.enable_grad():  # as recorded: libraries take other paths without gradients
-        handle._probe = lambda *_: None
+        handle._decider.probe = lambda *_: None
         with reference:
             model(*inputs[0], **inputs[1])
-        handle._probe = decide
+        handle._decider.probe = decide
         try:
             model(*inputs[0], **inputs[1])
         except Exception as error:
@@ -111,7 +112,7 @@ def check(
                 f"resting it fails with {type(error).__name__}: {str(error).strip().splitlines()[:1]}",
             )
         finally:
-            handle._probe = None
+            handle._decider.probe = None
     for branch in branches:
         if branch.name in selections and (why := _differs(branch.name, sums, reference)):
             return branch.name, why
@@ -125,9 +126,8 @@ def _differs(name: str, sums: dict[str, Tensor], reference: _Masked) -> str:
         return "its branch leaves its modules in a way that hides the residual sum"
     ours, theirs = sums[name], reference.sums[name]
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return (
-            f"at rest its sum is {tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}"
-        )
+        ours_is, theirs_is = (f"{tuple(ours.shape)} {ours.dtype}", f"{tuple(theirs.shape)} {theirs.dtype}")
+        return f"at rest its sum is {ours_is}, not {theirs_is}"
     size, shortcut = reference.sizes[name]
     eps = torch.finfo(theirs.dtype).eps
     allowed = min(2e3 * eps, 0.1) * size + min(64 * eps, 0.1) * shortcut
@@ -147,7 +147,7 @@ def note_dtypes(model: nn.Module, handle: Handle, inputs: tuple, device: str) ->
     # fp16 autocast on a CPU is too slow to try on a whole model
     dtypes = [None, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
     for dtype in dtypes:
-        handle._probe = decide
+        handle._decider.probe = decide
         try:
             with (
                 torch.no_grad(),
@@ -157,4 +157,4 @@ def note_dtypes(model: nn.Module, handle: Handle, inputs: tuple, device: str) ->
         except (RuntimeError, TypeError, ValueError):
             continue  # this model does not run under autocast, so nobody needs its dtypes there
         finally:
-            handle._probe = None
+            handle._decider.probe = None

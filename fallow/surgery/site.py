@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fallow.surgery.find import Refused
+from fallow.surgery.found import Refused
 
 
 @dataclass(frozen=True)

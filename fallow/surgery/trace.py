@@ -121,6 +121,7 @@ class Recorder(TorchDispatchMode):
 
     # --- values -------------------------------------------------------------------------------------
     def new(self, tensor: Tensor, op: int, parents: list[int], source: bool = False) -> Value:
+        """A value just made by an operation, or met for the first time."""
         value = Value(len(self.values), op, tuple(tensor.shape), tensor.dtype, _storage(tensor))
         for parent in parents:
             value.ancestors |= self.values[parent].ancestors
@@ -135,6 +136,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def read(self, tensor: Tensor) -> int:
+        """The value a tensor has now."""
         index = self.of_tensor.get(id(tensor))
         storage = _storage(tensor)
         if index is None:
@@ -182,6 +184,7 @@ class Recorder(TorchDispatchMode):
 
     # --- modules ------------------------------------------------------------------------------------
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called."""
         parent = self.stack[-1] if self.stack else -1
         call = Call(len(self.calls), name, module, parent, len(self.ops))
         call.inputs = {p: self.read(t) for p, t in tensor_paths((args, kwargs))}
@@ -189,6 +192,7 @@ class Recorder(TorchDispatchMode):
         self.stack.append(call.index)
 
     def leave(self, output: Any) -> None:
+        """It returns."""
         call = self.calls[self.stack.pop()]
         call.end = len(self.ops)
         call.template = tree_map(self._slot, output)
