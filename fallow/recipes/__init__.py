@@ -1,0 +1,1 @@
+"""Training runs: one flat loop, the folder it writes, what it measures."""

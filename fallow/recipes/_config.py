@@ -1,0 +1,245 @@
+"""What a training run is asked to do: every option, its default, and the checks that need no data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fallow import rates, schedules
+from fallow.data import NAMES
+from fallow.errors import ArgumentError, UsageError, check_choice, check_count, check_rate, nearest
+from fallow.models import MODELS
+
+PRESETS = ("huang", "adamw")
+# (epochs, batch size) of the default run: the bundled digits in about two minutes on two cores.
+_DIGITS = (80, 128)
+_OTHERS = (30, 128)
+_CHOICES = {
+    "preset": PRESETS,
+    "mode": ("batch", "row"),
+    "sampler": ("bernoulli", "exact"),
+    "scale": ("train", "eval"),
+    "grads": ("none", "zero"),
+    "rows": ("window", "scattered"),
+    "granularity": ("branch", "block"),
+}
+_COUNTS = {"epochs": 1, "batch_size": 2, "accumulate": 1, "threads": 1, "checkpoint_every": 1, "train_size": 1}
+
+
+def option(text: str, default: Any = None) -> Any:
+    """A field of `Config` with the help text that its flag shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every option of a training run; the command line has a flag of the same name for each.
+
+    None means "not said": `settled` replaces it by what follows from the other options.
+    """
+
+    data: str = option(f"Data set: {', '.join(NAMES)}.", "digits")
+    data_dir: str | None = option("Folder that holds the data set's files.")
+    train_size: int | None = option("Keep this many training images, drawn class by class.")
+    image_size: int | None = option("Side to which the images of an imagefolder are brought [32].")
+    model: str = option(f"Model: {', '.join(MODELS)} or timm:NAME.", "resnet56")
+    preset: str | None = option("Optimiser and its settings: huang or adamw [adamw for transformers].")
+    epochs: int | None = option(f"Passes over the training images [digits {_DIGITS[0]}, else {_OTHERS[0]}].")
+    batch_size: int | None = option(f"Images to a step [{_OTHERS[1]}].")
+    learning_rate: float | None = option("Peak learning rate [huang 0.1, adamw 0.001].")
+    learning_rate_warmup: float | None = option("Epochs of linear rise [huang 0, adamw a twentieth].")
+    weight_decay: float | None = option("Weight decay [huang 0.0001, adamw 0.05].")
+    label_smoothing: float = option("Label smoothing in [0, 1).", 0.0)
+    augment: bool = option("Shift, and where the set allows it flip, the training images.", True)
+    budget: float | None = option("Expected share of a dense step's FLOPs [0.75].")
+    rates: str | dict[str, float] | None = option("linear, uniform, or a JSON file site -> rate [linear].")
+    survival_rate: float | None = option("Survival rate of every site (uniform).")
+    last: float | None = option("Survival rate of the last site (linear).")
+    first: float | None = option("Survival rate of the first site (linear, with --last).")
+    mean: float | None = option("Mean survival rate over the sites.")
+    mode: str = option("batch: a branch rests for the whole batch; row: for each image.", "batch")
+    sampler: str = option("bernoulli: independent draws; exact: the same rates at constant cost.", "bernoulli")
+    scale: str = option("train: z/p in training; eval: p z at evaluation (Huang).", "train")
+    grads: str = option("What a rested branch's parameters get: none or zero.", "none")
+    rows: str = option("Kept rows of the exact sampler: window or scattered.", "window")
+    granularity: str = option("What rests together: branch or block.", "branch")
+    schedule: str = option("constant, warmup:STEPS or decay:STEPS[:START].", "constant")
+    include: tuple[str, ...] = option("Only sites that match this pattern; may be repeated.", ())
+    exclude: tuple[str, ...] = option("Leave out sites that match this pattern; may be repeated.", ())
+    twin: bool = option("Train the constant-depth twin too, step by step in turn.", True)
+    autocast: bool = option("bfloat16 autocast.", False)
+    channels_last: bool = option("channels_last memory format.", False)
+    accumulate: int = option("Take each batch in this many pieces (less memory).", 1)
+    device: str = option("auto, cpu, cuda or cuda:N.", "auto")
+    threads: int | None = option("CPU threads [what torch takes].")
+    seed: int = option("Seed of everything that is drawn.", 0)
+    checkpoint_every: int | None = option("Steps between checkpoints [each epoch].")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Config:
+        """A configuration from names and values; lists become tuples, unknown names are refused."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = nearest(name, known)
+                raise ArgumentError(f"a run has no option {name}" + (f"; did you mean {close}?" if close else ""))
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def settled(self) -> Config:
+        """The same with everything said and checked, as far as that needs no data and no model.
+
+        Raises:
+            UsageError: a value or a combination that cannot be.
+            RateError: a rate or a budget outside (0, 1].
+        """
+        digits = self.data == "digits"
+        preset = self.preset or ("adamw" if "vit" in self.model else "huang")
+        epochs = (_DIGITS if digits else _OTHERS)[0] if self.epochs is None else self.epochs
+        full = replace(
+            self,
+            data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),
+            preset=preset,
+            epochs=epochs,
+            batch_size=(_DIGITS if digits else _OTHERS)[1] if self.batch_size is None else self.batch_size,
+            threads=torch.get_num_threads() if self.threads is None else self.threads,
+            device=_device(self.device),
+            **_settled_rates(self),
+        )
+        _check(full)
+        sgd = preset == "huang"
+        rise = 0.0 if sgd else epochs / 20
+        return replace(
+            full,
+            learning_rate=_or(self.learning_rate, 0.1 if sgd else 1e-3),
+            learning_rate_warmup=_or(self.learning_rate_warmup, rise),
+            weight_decay=_or(self.weight_decay, 1e-4 if sgd else 0.05),
+        )
+
+    def rule(self) -> Any:
+        """The rate rule; of a settled configuration."""
+        if isinstance(self.rates, dict):
+            return rates.explicit(self.rates)
+        if self.rates == "uniform":
+            return rates.uniform(self.survival_rate, mean=self.mean, budget=self.budget)
+        return rates.linear(self.last, first=self.first, mean=self.mean, budget=self.budget)
+
+    def schedule_over_steps(self) -> Any:
+        """The schedule object; None where it is constant."""
+        kind, _, numbers = self.schedule.partition(":")
+        parts = numbers.split(":") if numbers else []
+        if kind == "constant" and not parts:
+            return None
+        takes = {"warmup": 1, "decay": 2}.get(kind, 0)
+        if not takes or not 1 <= len(parts) <= takes or not all(part.isdigit() for part in parts):
+            raise UsageError(
+                f'schedule must be constant, warmup:STEPS or decay:STEPS[:START], got "{self.schedule}"'
+            )
+        make = schedules.warmup if kind == "warmup" else schedules.decay
+        return make(*map(int, parts))
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UsageError(f'device must be auto, cpu, cuda or cuda:N, got "{name}"')
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; take --device auto"
+        )
+    return name
+
+
+def _settled_rates(config: Config) -> dict[str, Any]:
+    """The rule's name or mapping, and the budget where nothing else was said; refuses what contradicts."""
+    numbers = ("budget", "survival_rate", "last", "first", "mean")
+    given = [name for name in numbers if getattr(config, name) is not None]
+    for name in given:
+        check_rate(getattr(config, name), name=_flag(name))
+    if config.rates not in (None, "linear", "uniform"):
+        if given:
+            raise UsageError(f"--rates from a file gives every rate: leave out {_flag(given[0])}")
+        return {"rates": _mapping(config.rates)}
+    rule = config.rates or ("uniform" if "survival_rate" in given else "linear")
+    allowed = ("budget", "mean", "survival_rate") if rule == "uniform" else ("budget", "mean", "last", "first")
+    for name in given:
+        if name not in allowed:
+            raise UsageError(
+                f"{_flag(name)} does not go with {rule} rates, which take one of "
+                f"{', '.join(_flag(n) for n in allowed if n != 'first')}"
+            )
+    if "first" in given and "last" not in given:
+        raise UsageError("--first goes with --last: linear rates need both ends")
+    chosen = [name for name in given if name != "first"]
+    if len(chosen) > 1 or ("first" in given and chosen != ["last"]):
+        raise UsageError(f"{' and '.join(map(_flag, chosen))} say the same thing in two ways: pass one of them")
+    return {"rates": rule, "budget": config.budget if chosen else 0.75}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _mapping(source: str | Mapping[str, float] | None) -> dict[str, float]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(str(source)).expanduser()
+    if not path.is_file():
+        raise UsageError(f"--rates must be linear, uniform or a JSON file, got {source}: there is no such file")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a JSON file of survival rates ({error})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} must hold one JSON mapping from site name to survival rate")
+    return found
+
+
+def _check(config: Config) -> None:
+    """Refuse single values that cannot be, each by the name of its flag."""
+    for name, allowed in _CHOICES.items():
+        check_choice(_flag(name), getattr(config, name), allowed)
+    if config.data not in NAMES:
+        check_choice("--data", config.data, NAMES)
+    if config.model not in MODELS and not config.model.startswith("timm:"):
+        close = nearest(config.model, MODELS)
+        hint = f"; did you mean {close}?" if close else ""
+        raise UsageError(f"--model must be {', '.join(MODELS)} or timm:NAME, got {config.model}{hint}")
+    for name, least in _COUNTS.items():
+        value = getattr(config, name)
+        if value is not None:
+            check_count(_flag(name), value, least)
+    check_count("--seed", config.seed)
+    if config.batch_size is not None and config.accumulate > config.batch_size // 2:
+        raise UsageError(
+            f"--accumulate {config.accumulate} leaves pieces of less than two images of a batch of "
+            f"{config.batch_size}: take at most {config.batch_size // 2}"
+        )
+    for name in ("learning_rate", "learning_rate_warmup", "weight_decay", "label_smoothing"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{_flag(name)} must be a number of at least 0, got {value}")
+    if config.label_smoothing >= 1:
+        raise UsageError(f"--label-smoothing must be below 1, got {config.label_smoothing}")
+    if config.learning_rate == 0:
+        raise UsageError("--learning-rate must be above 0")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("a run is one process: start it without torchrun, or use fallow.apply in a loop of your own")
+    config.schedule_over_steps()
+    config.rule()

@@ -1,0 +1,102 @@
+"""results.json of a run: where it comes from, what was asked, what happened."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from fallow._version import __version__
+from fallow.recipes._arm import Arm
+from fallow.recipes._batches import Batches
+from fallow.recipes._config import Config
+from fallow.recipes._measure import mean, ratio
+from fallow.surgery import Handle
+
+SCHEMA = 1
+
+
+def now() -> str:
+    """The time, to the second, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def provenance(config: Config, batches: Batches, command: str, started: str) -> dict[str, Any]:
+    """What a reader needs to know where numbers come from, and to make them again."""
+    data = batches.dataset
+    return {
+        "fallow": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": config.device,
+        "hardware": _hardware(config),
+        "threads": config.threads,
+        "seed": config.seed,
+        "command": command,
+        "started": started,
+        "finished": None,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            **batches.sizes,
+            "notes": list(data.notes),
+        },
+    }
+
+
+def _hardware(config: Config) -> str:
+    if config.device.startswith("cuda"):
+        return torch.cuda.get_device_name(config.device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {capability}, {config.threads} threads"
+
+
+def budget(handle: Handle, config: Config, total: int, droppable_time: float | None) -> dict[str, Any]:
+    """Asked and ideal costs.
+
+    ideal_flops is the expected share of a dense step's FLOPs over the whole run, the schedule counted in:
+    1 - f d, f the share that can rest and d the share of it that does. ideal_time is the same with the measured
+    share of time in place of f.
+    """
+    schedule = config.schedule_over_steps()
+    strength = 1.0 if schedule is None else sum(schedule(step) for step in range(total)) / total
+    droppable = sum(site.cost for site in handle.sites)
+    rested = strength * (1 - handle.expected_cost)
+    share = rested / droppable if droppable else 0.0
+    return {
+        "asked": config.budget,
+        "expected_cost": handle.expected_cost,
+        "droppable_flops": droppable,
+        "droppable_time": droppable_time,
+        "ideal_flops": 1 - rested,
+        "ideal_time": None if droppable_time is None else 1 - droppable_time * share,
+        "expected_depth": handle.expected_depth,
+        "sites": len(handle.sites),
+    }
+
+
+def sites(handle: Handle) -> list[dict[str, Any]]:
+    """Asked and realised survival rate of every site so far."""
+    return [
+        {"name": s.name, "kind": s.kind, "cost": s.cost, "asked": s.asked, "realised": s.realised}
+        for s in handle.report().sites
+    ]
+
+
+def summary(arms: list[Arm], *, with_ratios: bool) -> dict[str, Any]:
+    """Ratios of the model to its twin; the bootstrap takes a while and is left to the end."""
+    ours = arms[0]
+    found: dict[str, Any] = {"realised_cost": mean(ours.log["cost"])}
+    if len(arms) == 1:
+        return found
+    theirs = arms[1]
+    memory = [mean(arm.log["memory"]) for arm in arms]
+    if memory[0] is not None and memory[1]:
+        found["memory_ratio"] = memory[0] / memory[1]
+    if with_ratios:
+        found["time_ratio"] = ratio(ours.log["cpu"], theirs.log["cpu"])
+        found["wall_ratio"] = ratio(ours.log["wall"], theirs.log["wall"])
+    return found
