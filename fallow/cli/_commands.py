@@ -7,7 +7,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Optional, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -91,8 +91,8 @@ def _train_signature() -> inspect.Signature:
     """A flag for every field of `Config`, so that none is forgotten and each reaches its place."""
     hints = get_type_hints(Config)
     flags = [
-        _flag("out", Optional[Path], "Folder of the run, new or empty [runs/DATA-MODEL-N]."),
-        _flag("resume", Optional[Path], "Folder of a run to continue from its last checkpoint."),
+        _flag("out", Path | None, "Folder of the run, new or empty [runs/DATA-MODEL-N]."),
+        _flag("resume", Path | None, "Folder of a run to continue from its last checkpoint."),
     ]
     for item in fields(Config):
         text = item.metadata["help"]
@@ -106,7 +106,7 @@ def _train_signature() -> inspect.Signature:
 
 def _flag(name: str, kind: Any, text: str) -> inspect.Parameter:
     spelt = "--" + name.replace("_", "-")
-    names = f"{spelt}/--no-{name.replace('_', '-')}" if kind == Optional[bool] else spelt
+    names = f"{spelt}/--no-{name.replace('_', '-')}" if kind == bool | None else spelt
     option = typer.Option(names, help=text, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
@@ -116,10 +116,10 @@ def _flag(name: str, kind: Any, text: str) -> inspect.Parameter:
 def _flag_type(hint: Any) -> Any:
     """None for "not said", lists for tuples, and text where a field also takes a mapping."""
     if get_origin(hint) is tuple:
-        return Optional[list[str]]
+        return list[str] | None
     if get_origin(hint) in (Union, UnionType):
-        return Optional[get_args(hint)[0]]
-    return Optional[hint]
+        return get_args(hint)[0] | None
+    return hint | None
 
 
 _train.__signature__ = _train_signature()  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ app.command("train")(_train)
 @app.command("report")
 def _report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    out: Annotated[Optional[Path], typer.Option("--out", help="File or folder [the first run's folder].")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder [the first run's].")] = None,
 ) -> None:
     """Draw the page of one or several runs from their results; nothing is run again."""
     print(write_report(runs, out))
@@ -143,7 +143,7 @@ def _report(
 def _sites(
     model: Annotated[str, typer.Argument(help="A model as in fallow train --model.")] = "resnet56",
     dataset: Annotated[str, typer.Option("--data", help="Data set whose images it takes.")] = "digits",
-    data_dir: Annotated[Optional[Path], typer.Option("--data-dir", help="Folder with its files.")] = None,  # noqa: UP045
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Folder with its files.")] = None,
 ) -> None:
     """List where a model's branches can rest, and what share of a step each costs."""
     print(train.sites_of(Config(model=model, data=dataset, data_dir=data_dir and str(data_dir))))

@@ -252,7 +252,7 @@ def droppable_time(model: nn.Module, config: Config, dataset: Dataset, batches: 
     resting = copy.deepcopy(model)
     handle = handle_of(resting)
     assert handle is not None
-    handle.schedule = None
+    handle.load_state_dict({**handle.state_dict(), "schedule": None})
     handle.set_rates(dict.fromkeys(handle.rates, _NEVER))
     arms = [Arm("rest", resting, config, 0), Arm("dense", build(config, dataset), config, 0)]
     batch = batches.at(0)

@@ -93,4 +93,6 @@ class Batches:
 
     def _ready(self, x: Tensor) -> Tensor:
         x = augment.normalise(x, self._mean, self._std)
-        return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x.contiguous()
+        return (
+            x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x.contiguous()
+        )

@@ -30,7 +30,15 @@ _CHOICES = {
     "rows": ("window", "scattered"),
     "granularity": ("branch", "block"),
 }
-_COUNTS = {"epochs": 1, "batch_size": 2, "accumulate": 1, "threads": 1, "checkpoint_every": 1, "train_size": 1}
+_AT_LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "accumulate": 1,
+    "threads": 1,
+    "checkpoint_every": 1,
+    "train_size": 1,
+    "seed": 0,
+}
 
 
 def option(text: str, default: Any = None) -> Any:
@@ -65,7 +73,9 @@ class Config:
     first: float | None = option("Survival rate of the first site (linear, with --last).")
     mean: float | None = option("Mean survival rate over the sites.")
     mode: str = option("batch: a branch rests for the whole batch; row: for each image.", "batch")
-    sampler: str = option("bernoulli: independent draws; exact: the same rates at constant cost.", "bernoulli")
+    sampler: str = option(
+        "bernoulli: independent draws; exact: the same rates at constant cost.", "bernoulli"
+    )
     scale: str = option("train: z/p in training; eval: p z at evaluation (Huang).", "train")
     grads: str = option("What a rested branch's parameters get: none or zero.", "none")
     rows: str = option("Kept rows of the exact sampler: window or scattered.", "window")
@@ -89,8 +99,10 @@ class Config:
         for name in given:
             if name not in known:
                 close = nearest(name, known)
-                raise ArgumentError(f"a run has no option {name}" + (f"; did you mean {close}?" if close else ""))
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+                hint = f"; did you mean {close}?" if close else ""
+                raise ArgumentError(f"a run has no option {name}{hint}")
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -161,7 +173,8 @@ def _device(name: str) -> str:
         raise UsageError(f'device must be auto, cpu, cuda or cuda:N, got "{name}"')
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; take --device auto"
+            f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "take --device auto"
         )
     return name
 
@@ -177,7 +190,9 @@ def _settled_rates(config: Config) -> dict[str, Any]:
             raise UsageError(f"--rates from a file gives every rate: leave out {_flag(given[0])}")
         return {"rates": _mapping(config.rates)}
     rule = config.rates or ("uniform" if "survival_rate" in given else "linear")
-    allowed = ("budget", "mean", "survival_rate") if rule == "uniform" else ("budget", "mean", "last", "first")
+    allowed = (
+        ("budget", "mean", "survival_rate") if rule == "uniform" else ("budget", "mean", "last", "first")
+    )
     for name in given:
         if name not in allowed:
             raise UsageError(
@@ -188,7 +203,9 @@ def _settled_rates(config: Config) -> dict[str, Any]:
         raise UsageError("--first goes with --last: linear rates need both ends")
     chosen = [name for name in given if name != "first"]
     if len(chosen) > 1 or ("first" in given and chosen != ["last"]):
-        raise UsageError(f"{' and '.join(map(_flag, chosen))} say the same thing in two ways: pass one of them")
+        raise UsageError(
+            f"{' and '.join(map(_flag, chosen))} say the same thing in two ways: pass one of them"
+        )
     return {"rates": rule, "budget": config.budget if chosen else 0.75}
 
 
@@ -201,7 +218,9 @@ def _mapping(source: str | Mapping[str, float] | None) -> dict[str, float]:
         return dict(source)
     path = Path(str(source)).expanduser()
     if not path.is_file():
-        raise UsageError(f"--rates must be linear, uniform or a JSON file, got {source}: there is no such file")
+        raise UsageError(
+            f"--rates must be linear, uniform or a JSON file, got {source}: there is no such file"
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -221,11 +240,10 @@ def _check(config: Config) -> None:
         close = nearest(config.model, MODELS)
         hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"--model must be {', '.join(MODELS)} or timm:NAME, got {config.model}{hint}")
-    for name, least in _COUNTS.items():
+    for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         if value is not None:
             check_count(_flag(name), value, least)
-    check_count("--seed", config.seed)
     if config.batch_size is not None and config.accumulate > config.batch_size // 2:
         raise UsageError(
             f"--accumulate {config.accumulate} leaves pieces of less than two images of a batch of "
@@ -240,6 +258,8 @@ def _check(config: Config) -> None:
     if config.learning_rate == 0:
         raise UsageError("--learning-rate must be above 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("a run is one process: start it without torchrun, or use fallow.apply in a loop of your own")
+        raise UsageError(
+            "a run is one process: start it without torchrun, or use fallow.apply in a loop of your own"
+        )
     config.schedule_over_steps()
     config.rule()

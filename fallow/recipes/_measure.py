@@ -87,8 +87,8 @@ class Peak:
 def peak_memory(device: str, held: Iterable[Tensor]) -> Iterator[Peak]:
     """Peak memory of the work inside, with what it starts from.
 
-    On CUDA the allocator says it; on the CPU, whose allocator keeps no count, every tensor is followed from the
-    operation that made it until its memory is freed. Neither touches a random number or a result.
+    On CUDA the allocator says it; on the CPU, whose allocator keeps no count, every tensor is followed from
+    the operation that made it until its memory is freed. Neither touches a random number or a result.
 
     Args:
         device: where the work runs.

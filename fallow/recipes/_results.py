@@ -58,8 +58,8 @@ def budget(handle: Handle, config: Config, total: int, droppable_time: float | N
     """Asked and ideal costs.
 
     ideal_flops is the expected share of a dense step's FLOPs over the whole run, the schedule counted in:
-    1 - f d, f the share that can rest and d the share of it that does. ideal_time is the same with the measured
-    share of time in place of f.
+    1 - f d, f the share that can rest and d the share of it that does. ideal_time is the same with the
+    measured share of time in place of f.
     """
     schedule = config.schedule_over_steps()
     strength = 1.0 if schedule is None else sum(schedule(step) for step in range(total)) / total

@@ -138,9 +138,13 @@ class RunFolder:
                 raise
         except OSError as error:
             raise RunError(
-                f"{self.path / name} could not be written ({error.strerror}): what was written before is whole. "
-                f"Make room there, then continue with fallow train --resume {self.path}"
+                f"{self.path / name} could not be written ({error.strerror}): what was written before is "
+                f"whole. Make room there, then continue with fallow train --resume {self.path}"
             ) from error
+
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint."""
+        return (self.path / STATE).exists() or (self.path / PREVIOUS).exists()
 
     def remove_temporaries(self) -> None:
         """Remove what a killed process had begun to write."""
@@ -170,7 +174,7 @@ class RunFolder:
                     os.replace(path, self.path / BROKEN)
                 continue
             if reasons:
-                say(f"{reasons[0]}: going on from the checkpoint before it, {PREVIOUS}, at step {state['step']}")
+                say(f"{reasons[0]}: going on from the one before, {PREVIOUS}, at step {state['step']}")
             return state
         if reasons:
             raise RunError(f"{'; '.join(reasons)}: no whole checkpoint is left, start the run anew")

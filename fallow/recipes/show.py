@@ -5,13 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from fallow.errors import need
 
 _PLAIN_EVERY = 30.0  # seconds between plain lines inside a long epoch
 _REFRESH_EVERY = 0.2
 _WIDTH = 100  # of a table that does not go to a terminal
+
+
+class Show(Protocol):
+    """Where a run shows its progress."""
+
+    def say(self, text: str) -> None:
+        """One sentence for the user."""
+
+    def begin(self, step: int, total: int) -> None:
+        """The loop starts at `step` of `total`."""
+
+    def step(self, done: int, loss: float, depth: float, cost: float) -> None:
+        """A step is over: the model's loss, realised depth and share of the dense cost."""
+
+    def epoch(self, records: dict[str, dict[str, Any]], epochs: int) -> None:
+        """An epoch is over; one record an arm."""
+
+    def end(self) -> None:
+        """The loop is over, one way or another."""
+
+
+class Silent(Show):
+    """Shows nothing."""
 
 
 class Lines:
@@ -23,7 +46,7 @@ class Lines:
 
     def __init__(self, write: Callable[[str], None] = print) -> None:
         self._write = write
-        self._total = self._first = 0
+        self._total = self._first = self._done = 0
         self._start = self._last = time.monotonic()
 
     def say(self, text: str) -> None:
