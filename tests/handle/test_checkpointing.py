@@ -7,8 +7,8 @@ The oracle is a deep copy that made the same draws and keeps its activations. Re
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -134,6 +134,16 @@ STEPS = [
 WHOLE = [s for s in STEPS if s not in (features_twice, features_and_root)]
 
 
+@functools.cache
+def applied(**options: str) -> Net:
+    return net(seed=3, grads="zero", **options)[0]
+
+
+def pair(**options: str) -> tuple[Net, Net]:
+    """Two copies that draw alike."""
+    return copy.deepcopy(applied(**options)), copy.deepcopy(applied(**options))
+
+
 def compare(step: Callable, model: Net, reference: Net, call: Call) -> None:
     masks = []
     for m, how in ((reference, plainly), (model, call)):
@@ -153,26 +163,22 @@ def compare(step: Callable, model: Net, reference: Net, call: Call) -> None:
 @pytest.mark.parametrize("count", [1, 2], ids=["each block", "two blocks"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 def test_checkpointed_blocks(step, count, reentrant, options):
-    for seed in range(2):
-        model, _ = net(seed=seed, grads="zero", **options)
-        reference = copy.deepcopy(model)
-        model.run = by(count, reentrant)
-        compare(step, model, reference, plainly)
+    model, reference = pair(**options)
+    model.run = by(count, reentrant)
+    compare(step, model, reference, plainly)
 
 
 @EVERY_MODE
 @REENTRANT
 @pytest.mark.parametrize("step", WHOLE, ids=lambda f: f.__name__)
 def test_a_checkpointed_model(step, reentrant, options):
-    for seed in range(2):
-        model, _ = net(seed=seed, grads="zero", **options)
-        compare(step, model, copy.deepcopy(model), partial(checkpoint, use_reentrant=reentrant))
+    model, reference = pair(**options)
+    compare(step, model, reference, functools.partial(checkpoint, use_reentrant=reentrant))
 
 
 @EVERY_MODE
 def test_a_graph_walked_twice(options):
-    model, _ = net(seed=3, grads="zero", **options)
-    reference = copy.deepcopy(model)
+    model, reference = pair(**options)
     model.run = by(1, False)
     compare(a_repeated_backward, model, reference, plainly)
 
@@ -181,8 +187,7 @@ def test_a_graph_walked_twice(options):
 @REENTRANT
 def test_many_steps_of_one_run(options, reentrant):
     """No draw is mixed up with an earlier one that is over, memory that was freed included."""
-    model, _ = net(seed=1, grads="zero", **options)
-    reference = copy.deepcopy(model)
+    model, reference = pair(**options)
     model.run = by(2, reentrant)
     for step in (one_forward, siamese, features_twice, one_forward, held, features_and_root) * 2:
         compare(step, model, reference, plainly)
@@ -192,7 +197,7 @@ def test_many_steps_of_one_run(options, reentrant):
 @REENTRANT
 def test_the_scale_follows_the_schedule_of_the_forward(options, reentrant):
     """Time moves between a forward and its backward; the recomputation keeps the rates of the forward."""
-    model, _ = net(rates=0.4, grads="zero", schedule=fallow.schedules.warmup(4), **options)
+    model, _handle = net(rates=0.4, grads="zero", schedule=fallow.schedules.warmup(4), **options)
     reference = copy.deepcopy(model)
     model.run = by(1, reentrant)
     for _ in range(3):
@@ -209,6 +214,7 @@ class Stemmed(Net):
         return whole(x) if self.reentrant is None else checkpoint(whole, x, use_reentrant=self.reentrant)
 
 
+@functools.cache
 def stemmed(**options: str) -> Stemmed:
     torch.manual_seed(3)
     model = Stemmed()
@@ -220,8 +226,7 @@ def stemmed(**options: str) -> Stemmed:
 @REENTRANT
 @pytest.mark.parametrize("step", WHOLE, ids=lambda f: f.__name__)
 def test_a_region_that_begins_before_the_blocks(step, reentrant, options):
-    model = stemmed(**options)
-    reference = copy.deepcopy(model)
+    model, reference = copy.deepcopy(stemmed(**options)), copy.deepcopy(stemmed(**options))
     model.reentrant = reentrant
     compare(step, model, reference, plainly)
 
@@ -229,8 +234,7 @@ def test_a_region_that_begins_before_the_blocks(step, reentrant, options):
 @EVERY_MODE
 @REENTRANT
 def test_one_such_region_outside_the_root(options, reentrant):
-    model = stemmed(**options)
-    reference = copy.deepcopy(model)
+    model, reference = copy.deepcopy(stemmed(**options)), copy.deepcopy(stemmed(**options))
     model.reentrant = reentrant
     for i in range(3):
         for m in (model, reference):
@@ -243,7 +247,7 @@ def test_one_such_region_outside_the_root(options, reentrant):
 @REENTRANT
 def test_what_cannot_be_told_is_an_error(options, reentrant):
     """Two forwards outside the root, in regions whose entry no gate sees: nothing tells whose turn it is."""
-    model = stemmed(**options)
+    model = copy.deepcopy(stemmed(**options))
     model.reentrant = reentrant
     a, b = model.forward_features(inputs(1)), model.forward_features(inputs(2))
     with pytest.raises(fallow.RunError, match="cannot be told.*run backward after each forward"):

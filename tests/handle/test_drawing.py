@@ -1,4 +1,4 @@
-"""When a draw is made: once per outermost training forward, from the seed alone, never by a global generator."""
+"""When a draw is made: once for each outermost training forward, from the seed alone."""
 
 import pytest
 import torch
