@@ -127,7 +127,9 @@ def test_a_copy_outlives_its_original(duplicate: Duplicate):
 @pytest.mark.parametrize("use", ["ema", "swa"])
 def test_averaged_models_follow_training_and_evaluate_plainly(use):
     model, handle = net()
-    averaging = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if use == "ema" else averaged(model)
+    averaging = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if use == "ema" else averaged(model)
+    )
     assert isinstance(averaging, AveragedModel)
     mean = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
