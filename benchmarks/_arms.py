@@ -104,7 +104,9 @@ def build_arms(case: Case, rates: Sequence[float], last: float, seed: int) -> di
     """Every arm, each with its own model from the same initial weights."""
     data = case.data(seed)
     arms = {BASE: Arm(case, case.build(seed), data)}
-    settings = {name: (fallow.rates.linear(last=last), options) for name, (options, _) in APPLIED.items()}
+    settings: dict[str, tuple[fallow.rates.Rule, dict[str, Any]]] = {
+        name: (fallow.rates.linear(last=last), options) for name, (options, _) in APPLIED.items()
+    }
     settings[OVERHEAD] = (fallow.rates.uniform(1.0), {})
     for name, (rule, options) in settings.items():
         model = case.build(seed)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def step_memory(step: Callable[[], None]) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
-    results = run.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    results: Any = run.profiler and run.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]"]
     return highest_sum(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
 
