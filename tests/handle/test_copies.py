@@ -1,4 +1,4 @@
-"""Deep copies, pickles and averaged models: each works, with a handle and draws of its own; and the way back."""
+"""Deep copies, pickles and averaged models, each with a handle and draws of its own; and the way back."""
 
 from __future__ import annotations
 
