@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fallow
 
 RATES = (0.1, 0.3, 0.5, 0.77, 0.95)
+HALF = fallow.rates.uniform(0.5)
+X = torch.linspace(-1.3, 1.7, 12).reshape(3, 4)
 
 
 class Watched(nn.Module):
@@ -155,3 +159,18 @@ def generators_untouched() -> Iterator[None]:
 def kept(handle: fallow.Handle) -> dict[str, list[bool]]:
     """The masks of the latest draw as plain lists."""
     return {name: mask.reshape(-1).tolist() for name, mask in handle.masks().items()}
+
+
+def refused(error: type[Exception], words: str, model: Any = None, rates: Any = HALF, **options: Any) -> str:
+    """Apply; want this class and these words, in this order, and an untouched model."""
+    model = Net() if model is None else model
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    options = {"example": X, **options}
+    with generators_untouched(), pytest.raises(error) as caught:
+        fallow.apply(model, rates, **options)
+    assert type(caught.value) is error and issubclass(error, fallow.FallowError)
+    assert re.search(words, str(caught.value), re.DOTALL), str(caught.value)
+    assert "\n" not in str(caught.value)
+    if before is not None:
+        assert unchanged(model, before) and fallow.handle_of(model) is None
+    return str(caught.value)

@@ -9,29 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Net, generators_untouched, net, snapshot, unchanged
+from kit import HALF, Net, X, net, refused
 from torch import Tensor, nn
 
 import fallow
-from fallow import integrations, models
-
-X = torch.randn(3, 4)
-HALF = fallow.rates.uniform(0.5)
-
-
-def refused(error: type[Exception], words: str, model: Any = None, rates: Any = HALF, **options: Any) -> str:
-    """Apply; want this class and these words, in this order, and an untouched model."""
-    model = Net() if model is None else model
-    before = snapshot(model) if isinstance(model, nn.Module) else None
-    options = {"example": X, **options}
-    with generators_untouched(), pytest.raises(error) as caught:
-        fallow.apply(model, rates, **options)
-    assert type(caught.value) is error and issubclass(error, fallow.FallowError)
-    assert re.search(words, str(caught.value), re.DOTALL), str(caught.value)
-    assert "\n" not in str(caught.value)
-    if before is not None:
-        assert unchanged(model, before) and fallow.handle_of(model) is None
-    return str(caught.value)
+from fallow import models
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.2, math.nan, math.inf, True, "0.5", None, 1])
@@ -268,72 +250,3 @@ def test_batch_norm_with_many_values_a_row_and_in_eval_mode_is_no_concern():
         block.branch[1].eval()
     for _ in range(10):
         model(torch.randn(2, 4))
-
-
-# --- models that drop paths already ----------------------------------------------------------------------
-
-
-def test_timm_with_drop_path():
-    timm = integrations.need_timm()
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
-    make = timm.models.vision_transformer.VisionTransformer
-    example = torch.randn(2, 3, 16, 16)
-    refused(
-        fallow.SiteError,
-        r"blocks\.1\.drop_path1.*drop_path_rate=0",
-        make(drop_path_rate=0.2, **options),
-        example=example,
-    )
-    assert len(fallow.apply(make(**options), HALF, example=example).sites) == 4
-
-
-@pytest.mark.parametrize("mode", ["batch", "row"])
-def test_torchvision_stochastic_depth(mode):
-    assert integrations.mend_torchvision() in (True, False)
-    from torchvision.ops import StochasticDepth
-
-    class Dropping(nn.Module):
-        def __init__(self, rate: float) -> None:
-            super().__init__()
-            self.linear, self.drop = nn.Linear(4, 4), StochasticDepth(rate, mode)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.drop(torch.tanh(self.linear(x)))
-
-    refused(
-        fallow.SiteError,
-        r"1\.drop drops paths already.*Switch it off",
-        nn.Sequential(Dropping(0.0), Dropping(0.3)),
-    )
-    assert len(fallow.apply(nn.Sequential(Dropping(0.0), Dropping(0.0)), HALF, example=X).sites) == 2
-
-
-def test_hugging_face_layerdrop():
-    transformers = integrations.need_transformers()
-    sizes = {"vocab_size": 20, "d_model": 8, "max_position_embeddings": 16, "pad_token_id": 0}
-    sizes |= {
-        f"{side}_{what}": n
-        for side in ("encoder", "decoder")
-        for what, n in (("layers", 1), ("ffn_dim", 8), ("attention_heads", 2))
-    }
-    example = {"input_ids": torch.randint(3, 20, (2, 5))}
-    for layerdrop in ({"encoder_layerdrop": 0.3}, {"decoder_layerdrop": 0.2}):
-        model = transformers.BartModel(transformers.BartConfig(**sizes, **layerdrop))
-        refused(fallow.SiteError, "layerdrop.*Switch it off.*layerdrop=0", model, example=example)
-    model = transformers.BartModel(transformers.BartConfig(**sizes))
-    assert len(fallow.apply(model, HALF, example=example).sites) >= 4
-
-
-def test_hand_written_drop_path():
-    class Dropping(nn.Module):
-        def __init__(self, rate: float) -> None:
-            super().__init__()
-            self.linear, self.rate = nn.Linear(4, 4), rate
-
-        def forward(self, x: Tensor) -> Tensor:
-            z = torch.tanh(self.linear(x))
-            if self.training and self.rate:
-                z = z * (torch.rand(len(x), 1) > self.rate) / (1 - self.rate)
-            return x + z
-
-    refused(fallow.SiteError, "1 drops paths already", nn.Sequential(Dropping(0.0), Dropping(0.3)))
