@@ -136,6 +136,17 @@ def write_results(job: Job, folder: RunFolder, status: str, *, ended: bool = Fal
 
 
 @contextlib.contextmanager
+def prepared(config: Config, command: str) -> Iterator[Job]:
+    """`prepare` in its `surroundings`; afterwards the handle lets go of what it watched."""
+    with surroundings(config):
+        job = prepare(config, command)
+        try:
+            yield job
+        finally:
+            job.handle.remove()
+
+
+@contextlib.contextmanager
 def surroundings(config: Config) -> Iterator[None]:
     """Threads, generators and deterministic kernels of a run; all as before afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

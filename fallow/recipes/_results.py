@@ -28,7 +28,7 @@ def provenance(config: Config, batches: Batches, command: str, started: str) -> 
     data = batches.dataset
     return {
         "fallow": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": config.device,

@@ -20,7 +20,7 @@ from fallow.errors import DataError, FallowError, RunError
 from fallow.recipes._arm import NotFinite, build
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config
-from fallow.recipes._job import Job, checkpoint, measure, prepare, restore, surroundings, write_results
+from fallow.recipes._job import Job, checkpoint, measure, prepared, restore, surroundings, write_results
 from fallow.recipes._optimise import learning_rate
 from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder, first_free
 from fallow.recipes._stop import Interrupted, asked_to_stop
@@ -58,8 +58,7 @@ def train(
     config = config.settled()
     folder = RunFolder(out if out is not None else first_free(config.data, config.model))
     folder.refuse_used()
-    with surroundings(config):
-        job = prepare(config, command)
+    with prepared(config, command) as job:
         folder.create(config.as_dict())
         measure(job)
         _run(job, folder, show or Silent())
@@ -87,9 +86,8 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
         show.say(f"the run in {folder.path} is done already")
         return folder.path
     folder.remove_temporaries()
-    with surroundings(config):
-        state = folder.read_state(show.say)
-        job = prepare(config, "fallow train")
+    state = folder.read_state(show.say)
+    with prepared(config, "fallow train") as job:
         if state is None:
             show.say(f"{folder.path} has no checkpoint yet: starting over")
             measure(job)
