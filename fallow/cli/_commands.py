@@ -30,17 +30,19 @@ _Parsing: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__na
 def run(arguments: list[str]) -> int:
     """Parse and run; the parser's own errors become ours."""
     command = typer.main.get_command(app)
-    if not arguments:
-        arguments = ["--help"]
     try:
-        found = command.main(arguments, prog_name="fallow", standalone_mode=False, obj=["fallow", *arguments])
+        context = command.make_context("fallow", arguments or ["--help"], obj=["fallow", *arguments])
+        with context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except _Parsing as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "fallow")
         text = error.format_message()  # type: ignore[attr-defined]
         raise UsageError(f"{text.rstrip('.')}: {where} --help lists what there is") from None
-    return found if isinstance(found, int) else 0
+    return 0
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,7 +18,7 @@ from fallow.errors import ArgumentError, UsageError, check_choice, check_count, 
 from fallow.models import MODELS
 
 PRESETS = ("huang", "adamw")
-# Work on 8x8 images gains little from a second thread, and on a busy machine loses thirtyfold: digits take one.
+# 8x8 images gain little from a second thread, and on a busy machine lose thirtyfold: digits take one.
 # Epochs and batch size: of the bundled digits, trained in a minute or two on two cores, and of other sets.
 _DIGITS = (40, 64)
 _OTHERS = (30, 128)
@@ -208,9 +208,8 @@ def _settled_rates(config: Config) -> dict[str, Any]:
         raise UsageError("--first goes with --last: linear rates need both ends")
     chosen = [name for name in given if name != "first"]
     if len(chosen) > 1 or ("first" in given and chosen != ["last"]):
-        raise UsageError(
-            f"{' and '.join(map(_flag, chosen))} say the same thing in two ways: pass one of them"
-        )
+        both = " and ".join(map(_flag, given))
+        raise UsageError(f"{both} cannot go together, each settles the rates alone: pass one of them")
     return {"rates": rule, "budget": config.budget if chosen else 0.75}
 
 

@@ -116,9 +116,11 @@ def peak_memory(device: str, held: Iterable[Tensor]) -> Iterator[Peak]:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] | None:
     """Median of the paired ratios with a 95 % interval from a percentile bootstrap over the pairs.
 
-    Pairs in which either is NaN (measured under another load on purpose) do not count. None without a pair.
+    Pairs in which either is NaN (measured under another load on purpose) do not count, nor does a step that
+    one arm did not reach. None without a pair.
     """
-    pairs = np.asarray(ours, float) / np.asarray(theirs, float)
+    both = min(len(ours), len(theirs))
+    pairs = np.asarray(ours[:both], float) / np.asarray(theirs[:both], float)
     pairs = pairs[np.isfinite(pairs)]
     if not len(pairs):
         return None
