@@ -30,7 +30,7 @@ from fallow.surgery import Sites, sites
 __all__ = ["Config", "Interrupted", "read_results", "resume", "sites_of", "train"]
 
 TWIN_WEIGHTS = "twin.safetensors"
-_MEMORY_MEASURED = 16  # steps, spread over the run
+_MEMORY_MEASURED = 16  # steps at most, spread over the run
 
 
 def train(
@@ -122,7 +122,8 @@ def _loop(job: Job, folder: RunFolder, show: Show) -> None:
     config, batches = job.config, job.batches
     every = config.checkpoint_every or batches.per_epoch
     warm = job.step  # the first step after a start pays for what later ones find ready
-    measured = {1 + i * max((job.total - 1) // _MEMORY_MEASURED, 1) for i in range(_MEMORY_MEASURED)}
+    count = max(min(_MEMORY_MEASURED, job.total // 4), 1)
+    measured = {1 + i * (job.total - 1) // count for i in range(count)}
     with asked_to_stop() as asked:
         for step in range(job.step, job.total):
             batch = batches.at(step)
