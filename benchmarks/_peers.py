@@ -131,15 +131,17 @@ def attach(model: nn.Module, form: Form, rates: Sequence[float], seed: int = 0) 
         rates: survival rate of each sum.
         seed: of the draws made on the host.
     """
+    blocks = [b for b in model.modules() if isinstance(b, (BasicBlock, Block))]
+    wanted = sum(2 if isinstance(b, Block) else 1 for b in blocks)
+    if len(rates) != wanted:
+        raise ValueError(f"{len(rates)} rates for a model with {wanted} residual sums")
     rng, left = random.Random(seed), iter(rates)
-    for block in model.modules():
+    for block in blocks:
         if isinstance(block, BasicBlock):
             block.forward = partial(_resnet_block, block, _bound(form, next(left), rng))
-        elif isinstance(block, Block):
+        else:
             forms = _bound(form, next(left), rng), _bound(form, next(left), rng)
             block.forward = partial(_vit_block, block, *forms)
-    if next(left, None) is not None:
-        raise ValueError(f"{len(rates)} rates for a model with fewer residual sums")
     return model
 
 
