@@ -263,10 +263,10 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, small: Small, number: signal.Signals):
-    whole = small(epochs=30)
+    whole = small(epochs=20)
     out = tmp_path / "interrupted"
     child = subprocess.Popen(
-        program("train", *flags(epochs=30), "--out", out),
+        program("train", *flags(epochs=20), "--out", out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
