@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from fallow.recipes._run import STATE
+from fallow.recipes.train import Config
 
 # 90 images train in five steps of 20 and 10 validate; three residual branches. A run takes about a second.
 SMALL = {"model": "resnet8", "train_size": 100, "batch_size": 20, "epochs": 2, "threads": 1, "budget": 0.7}
+
+
+def settled(**options: object) -> Config:
+    return Config.of(SMALL | options).settled()
 
 
 def weights(run: Path, arm: str = "model") -> dict[str, Tensor]:
