@@ -70,8 +70,13 @@ def take(x: Tensor, selection: Selection, dim: int = 0) -> Tensor:
     """
     if selection.index is not None:
         return _gather(x, selection.index, dim)
-    parts = [x.narrow(dim, first, length) for first, length, _ in selection.pieces()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    pieces = selection.pieces()
+    if len(pieces) > 1:
+        return _TakeWindow.apply(x, selection, dim)  # pyright: ignore[reportReturnType]
+    # The gradient of a plain narrow is contiguous whatever the layout, and adding it up is then slow.
+    order = _flat_order(x) or list(range(x.dim()))
+    back = [order.index(d) for d in range(x.dim())]
+    return x.permute(order).narrow(order.index(dim), *pieces[0][:2]).permute(back)
 
 
 def add(x: Tensor, z: Tensor, selection: Selection, scale: float = 1.0, dim: int = 0) -> Tensor:
@@ -111,6 +116,47 @@ def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.permute(order).index_select(order.index(dim), index).permute(back)
 
 
+def _like(x: Tensor, count: int, dim: int) -> Tensor:
+    """New memory in the layout of ``x`` for another number of rows."""
+    order = _flat_order(x) or list(range(x.dim()))
+    shape = [count if d == dim else x.shape[d] for d in order]
+    return x.new_empty(shape).permute([order.index(d) for d in range(x.dim())])
+
+
+class _TakeWindow(torch.autograd.Function):
+    """A window that wraps: one copy on the way in, one buffer on the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, selection: Selection, dim: int) -> Tensor:  # type: ignore[override]
+        ctx.selection, ctx.dim = selection, dim
+        out = _like(x, selection.count, dim)
+        for first, length, at in selection.pieces():
+            out.narrow(dim, at, length).copy_(x.narrow(dim, first, length))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _Spread.apply(grad, ctx.selection, ctx.dim), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Rows back to their places, zeros elsewhere: the gradient of `_TakeWindow`, which is the one of this."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, selection: Selection, dim: int) -> Tensor:  # type: ignore[override]
+        ctx.selection, ctx.dim = selection, dim
+        out = _like(grad, selection.total, dim)
+        for first, length, at in selection.pieces():
+            out.narrow(dim, first, length).copy_(grad.narrow(dim, at, length))
+        for first, length in selection.rest():
+            out.narrow(dim, first, length).zero_()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return take(grad, ctx.selection, ctx.dim), None, None
+
+
 class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, z: Tensor, selection: Selection, scale: float, dim: int) -> Tensor:  # type: ignore[override]
@@ -148,9 +194,12 @@ class _AddRows(torch.autograd.Function):
 
 class _ZeroGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, copy: bool, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, how: str, *parameters: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(*parameters)
-        return x.clone() if copy else x.view_as(x)
+        if how == "written":
+            ctx.mark_dirty(x)
+            return x
+        return x.clone() if how == "copy" else x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -161,12 +210,12 @@ class _ZeroGrads(torch.autograd.Function):
         return grad, None, *zeros
 
 
-def zero_grads(x: Tensor, parameters: list[Tensor], copy: bool = False) -> Tensor:
+def zero_grads(x: Tensor, parameters: list[Tensor], how: str = "view") -> Tensor:
     """``x`` unchanged, with a node in the graph that gives each parameter a gradient of zeros.
 
     The zeros arrive through the graph like any gradient, so that the order of ``zero_grad`` does not matter
     and data-parallel hooks fire. ``copy`` returns new memory, for callers that write into the result.
     """
     if not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters):
-        return x.clone() if copy else x
-    return _ZeroGrads.apply(x, copy, *parameters)  # pyright: ignore[reportReturnType]
+        return x.clone() if how == "copy" else x
+    return _ZeroGrads.apply(x, how, *parameters)  # pyright: ignore[reportReturnType]

@@ -205,7 +205,7 @@ LOOKALIKES = (
         tuple(f"levels.{i}.{b}" for i in range(3) for b in (1, 2)),
         ambiguous=("levels.2", "levels.1"),
     ),
-    Lookalike("highway", lambda: nn.Sequential(Highway(6), Highway(6)), noise(6)),
+    Lookalike("highway", lambda: nn.Sequential(Highway(6), Highway(6)), noise(6), refused=("gated", "gated")),
     Lookalike("gate on the shortcut", lambda: nn.Sequential(GatedShortcut(6)), noise(6), refused=("gated",)),
     Lookalike(
         "long skip around residual blocks",

@@ -167,14 +167,14 @@ def test_zeros_arrive_through_the_graph() -> None:
     out.sum().backward()
     assert torch.equal(w.grad, torch.ones(2)) and x.grad is not None and torch.equal(x.grad, torch.ones(3))
     w.grad = None
-    rows.zero_grads(x, [w], copy=True).sum().backward()
+    rows.zero_grads(x, [w], "copy").sum().backward()
     assert w.grad is not None and torch.equal(w.grad, torch.zeros(2))
 
 
 def test_a_copy_is_new_memory_and_no_graph_without_gradients() -> None:
     x, w = torch.randn(3), torch.randn(2, requires_grad=True)
-    assert rows.zero_grads(x, [w], copy=True).data_ptr() != x.data_ptr()
+    assert rows.zero_grads(x, [w], "copy").data_ptr() != x.data_ptr()
     with torch.no_grad():
         assert rows.zero_grads(x, [w]) is x
-        assert rows.zero_grads(x, [w], copy=True).data_ptr() != x.data_ptr()
+        assert rows.zero_grads(x, [w], "copy").data_ptr() != x.data_ptr()
     assert rows.zero_grads(x, [w.detach()]) is x

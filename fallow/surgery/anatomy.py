@@ -36,7 +36,8 @@ def roles_of(flow: Flow, region: set[int], own: set[int]) -> tuple[list[Role], i
         shapes = {v: trace.values[v].shape for v in on_path}
         arrives = [v for v in call.inputs.values() if v in trace.batch]
         shape_in = trace.values[arrives[0]].shape if arrives else ()
-        roles.append(Role(call.name, c, entry, rows, call.template, on_path, shape_in, shapes))
+        dim_in = trace.batch[arrives[0]] if arrives else 0
+        roles.append(Role(call.name, c, entry, rows, call.template, on_path, shape_in, dim_in, shapes))
         carrying |= {v for v in region if call.start <= trace.values[v].op < call.end}
     inner += sum(_carry(op, carrying) for op in pending)
     return [r for r in roles if not _ungated(flow, r)], inner

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from fallow.errors import ArgumentError, SiteError, UsageError, check_choice, refuse_unknown
+from fallow.schedules import rate_at
 from fallow.surgery import probe, prove
-from fallow.surgery.decide import Options
+from fallow.surgery.decide import Options, check_seed
 from fallow.surgery.gate import Gated
 from fallow.surgery.handle import Handle, handle_of
 from fallow.surgery.site import Sites
@@ -125,6 +126,12 @@ def apply(
         ("granularity", granularity, ("branch", "block")),
     ):
         check_choice(name, value, allowed)
+    check_seed(seed)
+    if not (schedule is None or callable(schedule)):
+        raise ArgumentError(
+            f"schedule must be one of fallow.schedules or a function of the step, got {schedule!r}"
+        )
+    rate_at(1.0, cast(Any, schedule), 0)  # refuses a strength outside [0, 1]
     _refuse_model(model)
     named = tuple(rates) if isinstance(rates, Mapping) else ()
     found = survey(model, example, granularity, _patterns(include), _patterns(exclude), named)
@@ -133,9 +140,8 @@ def apply(
     options = Options(mode, sampler, scale, grads, ranks, rows, seed)
     handle = Handle(model, list(found.sites), found.branches, bind(model, found.branches), options, schedule)
     handle._decider.refuse_unreduced()
-    handle.set_rates(rates)
     try:
-        _refuse_mode(handle)
+        handle.set_rates(rates)
         _note_dtypes(model, handle, example)
     except BaseException:
         handle.remove()
@@ -147,7 +153,13 @@ def apply(
 def _patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if given is None:
         return None
-    return (given,) if isinstance(given, str) else tuple(given)
+    patterns = (
+        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"include and exclude take site names or patterns of them, got {pattern!r}")
+    return patterns
 
 
 def _refuse_model(model: nn.Module) -> None:
@@ -174,15 +186,6 @@ def _no_sites(found: Sites) -> str:
     if not found.ambiguous and not found.refused:
         text += " A site is an addition of a value and a branch with parameters computed from it (x + f(x))."
     return text
-
-
-def _refuse_mode(handle: Handle) -> None:
-    for site in handle.sites:
-        if handle.options.mode not in site.modes and handle.rates[site.name] < 1:
-            raise SiteError(
-                f"{site.name}: cannot rest row by row: {site.why_not_row}. Leave it out with "
-                f'exclude="{site.name}", or take mode="batch".'
-            )
 
 
 def _note_dtypes(model: nn.Module, handle: Handle, example: Any) -> None:

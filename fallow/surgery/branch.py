@@ -60,6 +60,7 @@ class Run:
     zeros: list[Tensor] = field(default_factory=list)
     watch: Callable[[BranchState, Tensor, Tensor], None] | None = None
     inner_sums: int = 0
+    done: bool = False  # its sum is made
 
     def __post_init__(self) -> None:
         self.inner_sums = self.branch.inner_sums
@@ -80,7 +81,8 @@ class Run:
         return self.branch.dtypes.get(key, shortcut.dtype)
 
     def finish(self, shortcut: Tensor, out: Tensor) -> None:
-        """Tell whoever probes the model that the sum was reached."""
+        """The sum is made; whoever probes the model is told."""
+        self.done = True
         if self.watch is not None:
             self.watch(self.branch, shortcut, out)
 

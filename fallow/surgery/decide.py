@@ -31,6 +31,28 @@ class Options:
     seed: int = 0
 
 
+@dataclass
+class Clock:
+    """The time of a schedule: set by hand, else optimiser steps where known, else forwards."""
+
+    start: int = 0
+    draws: int = 0  # made when it started
+    set: int | None = None
+    steps: int = 0  # optimiser steps since
+    by_optimizer: bool = False
+
+    def now(self, draws: int) -> int:
+        """The time, after so many draws."""
+        if self.set is not None:
+            return self.set
+        return self.start + (self.steps if self.by_optimizer else draws - self.draws)
+
+    def optimizer_stepped(self) -> None:
+        """An optimiser that holds the model's parameters made a step."""
+        self.by_optimizer = True
+        self.steps += 1
+
+
 class Decider:
     """Draws for the branches of one model; gates ask it, the handle controls it."""
 
@@ -44,16 +66,15 @@ class Decider:
         self.probe: Callable[[BranchState, Entry], Run | None] | None = (
             None  # decides while a model is proved
         )
-        self.time_set: int | None = None
-        self.optimizer_steps = 0
+        self.clock = Clock()
         self.stats: dict[str, list[float]] = {}  # site -> [forwards, sum of kept shares]
-        self.zeros_seen = False
-        self.checked: set[tuple[int, float]] = set()
+        self.zeros_seen, self.looked = False, 0
+        self.checked: set[int] = set()
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are not being proved."""
-        return {**self.__dict__, "probe": None}
+        """Copies are not being proved, and count on from here by their own forwards."""
+        return {**self.__dict__, "probe": None, "clock": Clock(self.time, self.book.count, self.clock.set)}
 
     def forget(self) -> None:
         """Start counting anew."""
@@ -62,7 +83,7 @@ class Decider:
     @property
     def time(self) -> int:
         """Where the schedule stands: set, else optimiser steps where known, else forwards."""
-        return self.time_set if self.time_set is not None else self.optimizer_steps or self.book.count
+        return self.clock.now(self.book.count)
 
     def rate(self, site: str) -> float:
         """The survival rate in force, the schedule applied."""
@@ -100,9 +121,8 @@ class Decider:
         """The parameters that a branch at rest gives zeros to."""
         if self.options.grads == "zero":
             return branch.trainable()
-        if (
-            not self.zeros_seen and self.book.count <= 100
-        ):  # the first steps show how the loop clears gradients
+        if not self.zeros_seen and self.looked < 100:  # some rests show how the loop clears gradients
+            self.looked += 1
             p = min(branch.trainable(), key=Tensor.numel, default=None)
             self.zeros_seen = p is not None and p.grad is not None and not bool(p.grad.any())
         return []
@@ -130,7 +150,7 @@ class Decider:
     def _draw(self, branch: BranchState, x: Tensor) -> Draw:
         book = self.book
         if in_backward():
-            return book.recall(x, branch.name) or self.new_draw()
+            return book.recall(x, branch.name, branch.order)
         if book.depth == 0 and not (book.held and book.current is not None):
             # Reached outside a root forward: the draw lasts until a branch comes round again.
             loose = book.loose
@@ -147,7 +167,7 @@ class Decider:
         known = draw.rows.get((branch.site, total))
         if known is not None:
             return known
-        self._check_norms(branch, total, rate)
+        self._check_norms(total)
         o, key, me = self.options, self.keys[branch.site], rank()
         if rate == 1:
             selection = Selection(total, total)
@@ -163,21 +183,24 @@ class Decider:
         return selection
 
     # --- refusals at run time ---------------------------------------------------------------------------
-    def _check_norms(self, asked: BranchState, total: int, rate: float) -> None:
-        """Refuse a batch size at which BatchNorm could be left with one value, before it happens."""
-        if (total, rate) in self.checked or rate == 1:
+    def _check_norms(self, total: int) -> None:
+        """Refuse a batch size at which BatchNorm could be left with one value, before it happens.
+
+        At the rates asked, which a schedule only approaches from above.
+        """
+        if total in self.checked:
             return
         for branch in self.branches:
-            now = self.rate(branch.site)
-            fewest = max(1, int(now * total + 1e-9)) if self.options.sampler == "exact" else 1
-            for module, values in branch.norms:
-                if now < 1 and module.training and fewest * values < 2:
+            rate = self.rates[branch.site]
+            few = rate < 1 and _fewest(rate, total, self.options.sampler)
+            for module, values in branch.norms if few else ():
+                if module.training and few * values < 2:
                     raise RateError(
-                        f"{branch.name}: at batch size {total} and survival rate {now:g} as few as {fewest} "
+                        f"{branch.name}: at batch size {total} and survival rate {rate:g} as few as {few} "
                         "row may be kept, too few values for BatchNorm to train on. Take a larger batch or a "
                         'higher rate, sampler="exact", or mode="batch".'
                     )
-        self.checked.add((total, rate))
+        self.checked.add(total)
 
     def refuse_unreduced(self) -> None:
         """Refuse rests without gradients where gradients are reduced over processes."""
@@ -187,6 +210,21 @@ class Decider:
                 "gradients, and plain DistributedDataParallel then steps on gradients it never reduced. Pass "
                 'grads="zero" to apply: the zeros arrive through the graph and every gradient is reduced.'
             )
+
+
+def check_seed(seed: object) -> int:
+    """A whole number, as it is."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError(f"seed must be a whole number, got {seed!r}")
+    return seed
+
+
+def _fewest(rate: float, total: int, sampler: str) -> int:
+    """The smallest number of kept rows, none aside, to reckon with."""
+    if sampler == "exact":
+        return max(1, int(rate * total + 1e-9))
+    lonely = total * rate * (1 - rate) ** (total - 1)  # P(one row is kept)
+    return 1 if lonely > 1e-9 else 2
 
 
 def world() -> int:

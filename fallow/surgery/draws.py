@@ -8,6 +8,7 @@ region is entered again with the very memory it was entered with.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,19 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from fallow.errors import RunError, SiteError
+from fallow.errors import RunError, UsageError
 from fallow.rows import Selection
+from fallow.surgery.optimizers import follow
 
 if TYPE_CHECKING:
     from fallow.surgery.decide import Decider
 
 
-@dataclass
+_NONE = -2  # no branch has asked
+_CHECKPOINT = sys.modules["torch.utils.checkpoint"].__file__
+
+
+@dataclass(eq=False)
 class Draw:
     """One draw: the decisions of one training forward."""
 
@@ -36,6 +42,8 @@ class Draw:
     )  # row mode: (site, batch size) -> rows
     share: dict[str, float] = field(default_factory=dict)  # realised share of rows kept, by site reached
     reached: int = -1  # last branch reached outside a root forward
+    marked: bool = False  # a `Mark` at the end of its forward says when backward gets there
+    graph: bool = True  # made with gradients on; reentrant checkpoints run their forward without
 
 
 def in_backward() -> bool:
@@ -44,7 +52,11 @@ def in_backward() -> bool:
 
 
 class DrawBook:
-    """Keeps the draws of one applied model."""
+    """Keeps the draws of one applied model.
+
+    A draw lives as long as something may recompute its forward: one with a mark as long as its graph, which
+    holds the mark; any other until work starts again after a backward.
+    """
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -52,49 +64,93 @@ class DrawBook:
         self.loose: Draw | None = None  # of sites reached outside a root forward
         self.depth = 0  # root forwards under way
         self.held = False
-        self._recalled: Draw | None = None
-        self._unrecalled = 0  # draws since the last backward
-        self._memory: dict[int, tuple[StorageWeakRef, Draw]] = {}
+        self._recalled: Draw | None = None  # of the forward that is being recomputed
+        self._order = _NONE  # the branch that asked last in it
+        self._backward = False  # a backward was seen since the last draw
+        self._unmarked: list[Draw] = []
+        self._memory: dict[tuple, tuple[StorageWeakRef, list[weakref.ref[Draw]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep the count and the latest masks, not what belongs to a forward under way."""
-        kept = {"count": self.count, "current": self.current, "held": False, "loose": None, "depth": 0}
-        return {**kept, "_recalled": None, "_unrecalled": 0, "_memory": {}}
+        return {**DrawBook(self.count).__dict__, "current": self.current}
 
     def begin(self, draw: Draw) -> Draw:
         """Put a new draw in force."""
         self.count = draw.index + 1
-        # A recalled draw is over once new work starts; several forwards may wait for one backward.
-        self._unrecalled = 1 if self._recalled is not None else self._unrecalled + 1
-        self._recalled = None
+        draw.graph = torch.is_grad_enabled()
+        if self._backward:
+            self._unmarked = []
+        self._unmarked = [*self._unmarked[-63:], draw]
+        self._recalled, self._order, self._backward = None, _NONE, False
         if len(self._memory) > 4096:
             self._memory = {k: v for k, v in self._memory.items() if not v[0].expired()}
         return draw
 
     def remember(self, x: Tensor, draw: Draw) -> None:
         """Note that a forward entered here with this memory."""
+        key = _place(x)
+        if key is None:
+            return
         storage = x.untyped_storage()
-        self._memory[storage._cdata] = (StorageWeakRef(storage), draw)
+        known = self._memory.get(key)
+        alive = (
+            [] if known is None or known[0].expired() else [r for r in known[1] if r() not in (None, draw)]
+        )
+        self._memory[key] = (StorageWeakRef(storage), [*alive, weakref.ref(draw)])
 
-    def recall(self, x: Tensor | None, where: str) -> Draw | None:
-        """The draw of the forward that is being recomputed."""
-        if x is not None:
-            known = self._memory.get(x.untyped_storage()._cdata)
-            if known is not None and not known[0].expired():
-                self._recalled = known[1]
-        if self._recalled is None:
-            if self._unrecalled > 1:
-                raise RunError(
-                    f"{where}: a checkpointed region is recomputed, and which of {self._unrecalled} forwards "
-                    "it belongs to cannot be told. Call the model itself rather than its parts, checkpoint "
-                    "from a residual block on, or run backward after each forward."
-                )
-            self._recalled = self.loose or self.current
+    def recall(self, x: Tensor, where: str, order: int) -> Draw:
+        """The draw of the forward that is being recomputed from here on."""
+        self._backward = True
+        known = self._memory.get(_place(x) or ())
+        there = [] if known is None or known[0].expired() else [d for r in known[1] if (d := r()) is not None]
+        if len(there) == 1:
+            self._recalled = there[0]
+        elif there:  # one input of several forwards: only marks tell them apart
+            if self._recalled not in there or not all(d.marked for d in there):
+                raise self._cannot_tell(where, len(there))
+        elif self._recalled is None or order != self._order + 1:  # not the region's next branch: a new region
+            waiting = [d for d in self._unmarked if d.graph != _reentrant() or d is self._recalled]
+            able = waiting if self._recalled is None else {*waiting, self._recalled}
+            if len(able) != 1:
+                raise self._cannot_tell(where, len(able))
+            (self._recalled,) = able
+        self._order = order
+        assert self._recalled is not None
         return self._recalled
+
+    def _cannot_tell(self, where: str, forwards: int) -> RunError:
+        return RunError(
+            f"{where}: a checkpointed region is recomputed, and which of {forwards} forwards it belongs to "
+            "cannot be told. Call the model itself rather than its parts, checkpoint from a residual block "
+            "on, or run backward after each forward."
+        )
 
     def mark(self, draw: Draw) -> None:
         """A backward reached the end of this draw's forward."""
-        self._recalled = draw
+        self._recalled, self._order, self._backward = draw, _NONE, True
+
+    def has_mark(self, draw: Draw) -> None:
+        """The graph tells when backward reaches this draw's forward, and keeps the draw."""
+        draw.marked = True
+        self._unmarked = [d for d in self._unmarked if d is not draw]
+
+
+def _reentrant() -> bool:
+    """Whether the recomputation under way is that of a reentrant checkpoint."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_code.co_filename == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _place(x: Tensor) -> tuple | None:
+    """Where in memory a tensor lies; None for one that has no memory of its own (under torch.func)."""
+    try:
+        return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 class Mark:
@@ -120,18 +176,22 @@ class RootEnter:
         """Start the forward."""
         book = self.decider.book
         if getattr(module, "_is_replica", False):
-            raise SiteError(
+            raise UsageError(
                 "DataParallel copies the model at every step, and draws would be lost with the copies. "
                 "Use torch.nn.parallel.DistributedDataParallel."
             )
-        if not module.training:
+        if not module.training or self.decider.dense:
             return
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if in_backward():
             for t in tensors:
-                book.recall(t, "the model")
+                if t.is_floating_point() or len(tensors) == 1:
+                    book.recall(t, "the model", -1)
+                    break
             return
         if book.depth == 0:
+            if book.count == self.decider.clock.draws:  # the first forward it counts
+                follow(module, self.decider.clock, look=self.decider.schedule is not None)
             if not book.held or book.current is None:
                 book.current = book.begin(self.decider.new_draw())
             for t in tensors:
@@ -148,10 +208,13 @@ class RootLeave:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         """End the forward."""
         book = self.decider.book
-        if not module.training or in_backward():
+        if not module.training or self.decider.dense or in_backward():
             return
         book.depth = max(0, book.depth - 1)
-        if book.depth == 0 and book.current is not None:
-            for t in tree_leaves(output):
-                if isinstance(t, Tensor) and t.grad_fn is not None:
-                    t.grad_fn.register_prehook(Mark(book, book.current))
+        if book.depth > 0 or book.current is None:
+            return
+        ends = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        for node in ends:
+            node.register_prehook(Mark(book, book.current))
+        if ends:
+            book.has_mark(book.current)

@@ -15,8 +15,8 @@ from fallow.surgery.flow import POINTWISE, PRODUCTS, REARRANGING, SHORTCUT, SUMS
 from fallow.surgery.found import Branch, Refused
 from fallow.surgery.trace import Op, Trace
 
-_LONG_SKIP = "a long skip"
-_GATED = SHORTCUT | {"mul", "rsub", "sub", "lerp", "sigmoid"}
+_INSIDE = "inside another site's branch"
+_GATED = "its shortcut is gated (multiplied), so a branch at rest would not leave the identity"
 
 
 def find(trace: Trace) -> tuple[list[Branch], list[Refused]]:
@@ -96,34 +96,37 @@ class _Finder:
             return
         found = None
         for shortcut, output, at in ((a, b, 1), (b, a, 0)):
+            if self._gated(shortcut, output):
+                return self._refuse(op, _GATED)
             source = self.flow.frontier(shortcut, common)
             if source is None:
                 continue
             region = self.flow.between(source, output)
-            verdict = self._compare(self.flow.between(source, shortcut), region)
-            if verdict == "site":
+            if self._is_transition(self.flow.between(source, shortcut), region):
                 found = _Sum(op, "transition", source, shortcut, output, at, region)
-            elif verdict:
-                return self._refuse(op, verdict)
         if found is not None:
-            self._accept(found, "")
+            up = any(self.flow.upsamples(o) for o in self.flow.ops_of(found.region))
+            self._accept(found, "its branch upsamples: a lateral connection of a pyramid" if up else "")
 
-    def _compare(self, short: set[int], region: set[int]) -> str:
-        """The word site, the reason of a refusal, or nothing for a sum that is nothing of the kind."""
+    def _gated(self, shortcut: int, output: int) -> bool:
+        """Whether the shortcut is a multiple of what a branch with weights starts from."""
+        made_by = self.trace.values[shortcut].op
+        if made_by < 0 or base_name(self.trace.ops[made_by]) not in ("mul", "div"):
+            return False
+        factors = [v for v in self.trace.ops[made_by].inputs if self.flow.is_ancestor(v, output)]
+        return any(self.flow.depth(self.flow.between(v, output)) for v in factors)
+
+    def _is_transition(self, short: set[int], region: set[int]) -> bool:
         ops = self.flow.ops_of(short)
-        names = {base_name(o) for o in ops if base_name(o) not in PRODUCTS}
         products = [o for o in ops if base_name(o) in PRODUCTS]
-        depth = self.flow.depth(region)
-        if not names <= SHORTCUT:
-            gated = names & {"mul", "lerp"} and not products and names <= _GATED
-            if gated and depth >= 1:
-                return "its shortcut is gated (multiplied), so a branch at rest would not leave the identity"
-            return ""
-        if len(products) > 1 or not all(self.flow.pointwise_product(o) for o in products):
-            return ""
+        others = {base_name(o) for o in ops if base_name(o) not in PRODUCTS}
+        if not others <= SHORTCUT or len(products) > 1:
+            return False
+        if not all(self.flow.pointwise_product(o) for o in products):
+            return False
         # A linear branch beside a linear layer is a low-rank update or a layer to be re-parameterised.
-        deeper = depth >= 2 and depth > len(products)
-        return "site" if deeper and self.flow.nonlinear(self.flow.ops_of(region)) else ""
+        depth = self.flow.depth(region)
+        return depth >= 2 and depth > len(products) and self.flow.nonlinear(self.flow.ops_of(region))
 
     def _accept(self, found: _Sum, ambiguous: str) -> None:
         op, region, trace = found.op, found.region, self.trace
@@ -176,13 +179,13 @@ class _Finder:
             around = len(inner) >= 3 and outer.flops / dense > 2 / 3
             apart = len(inner) >= 2 and self.trace.values[outer.total].shape not in shapes
             if not outer.ambiguous and (around or apart):
-                outer.ambiguous = f"{_LONG_SKIP} around {len(inner)} residual sums"
+                outer.ambiguous = f"a long skip around {len(inner)} residual sums"
         for outer in self.branches:
-            if outer.ambiguous.startswith(_LONG_SKIP):
+            if outer.ambiguous and outer.ambiguous != _INSIDE:
                 continue
             for b in self.branches:
                 if b.sum_op in outer.ops and not b.ambiguous:
-                    b.ambiguous = "inside another site's branch"
+                    b.ambiguous = _INSIDE
             self.refused = [r for r in self.refused if r.op not in outer.ops]
 
     def _refuse(self, op: Op, reason: str) -> None:

@@ -152,6 +152,12 @@ class Flow:
         kernel = self.trace.values[op.inputs[1]].shape[2:]
         return all(k == 1 for k in kernel)
 
+    def upsamples(self, op: Op) -> bool:
+        """An interpolation, or a transposed convolution."""
+        return base_name(op).startswith("upsample") or (
+            "convolution" in op.name and any(a is True for a in op.arguments)
+        )
+
     def nonlinear(self, ops: list[Op]) -> bool:
         """Whether any of the operations is not linear in the input."""
         return any(base_name(o) not in LINEAR and not self.constant_factor(o) for o in ops)

@@ -16,6 +16,7 @@ class Role:
     template: object  # the output's structure: `Slot`, else data
     on_path: dict[int, int]  # value in the template that carries rows -> its batch dimension
     shape_in: tuple[int, ...]  # of the first batched argument in the example
+    dim_in: int  # and its batch dimension
     shapes_out: dict[int, tuple[int, ...]]  # of the values on the path
 
 

@@ -62,7 +62,7 @@ class Gate:
         self.rows = role.rows
         self.template = role.template
         self.on_path = role.on_path
-        self.shape_in, self.shapes_out = role.shape_in, role.shapes_out
+        self.shape_in, self.dim_in, self.shapes_out = role.shape_in, role.dim_in, role.shapes_out
 
     def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Run the module as the current draw has it."""
@@ -143,12 +143,13 @@ class Gate:
         return fill(self.template) if isinstance(self.template, Slot) else tree_map(fill, self.template)
 
     def _shape(self, like: Tensor, value: int) -> tuple[int, ...]:
-        """The shape the output would have, where the input is as in the example but for the batch."""
+        """The shape the output would have: sizes the module passes on from here, others as in the example."""
         seen, dim, here = self.shapes_out[value], self.on_path[value], tuple(like.shape)
-        differs = [d for d, (a, b) in enumerate(zip(self.shape_in, here, strict=False)) if a != b]
-        if dim < 0 or len(here) != len(self.shape_in) or len(differs) > 1:
+        if dim < 0 or len(here) != len(self.shape_in):
             return here
-        return (*seen[:dim], here[differs[0]], *seen[dim + 1 :]) if differs else seen
+        batch = here[self.dim_in]
+        passed = [d < len(here) and size == self.shape_in[d] for d, size in enumerate(seen)]
+        return tuple(batch if d == dim else here[d] if passed[d] else n for d, n in enumerate(seen))
 
 
 def install(module: nn.Module, gate: Gate) -> None:

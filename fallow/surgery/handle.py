@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fallow import rates, schedules
-from fallow.errors import RunError, UsageError
-from fallow.surgery import gate
+from fallow.errors import RunError, SiteError, UsageError, check_count
+from fallow.surgery import gate, optimizers
 from fallow.surgery.branch import BranchState
-from fallow.surgery.decide import Decider, Options
-from fallow.surgery.draws import DrawBook, RootEnter, RootLeave
+from fallow.surgery.decide import Decider, Options, check_seed
+from fallow.surgery.draws import RootEnter, RootLeave
 from fallow.surgery.found import Branch
 from fallow.surgery.report import Report, SiteRow
 from fallow.surgery.site import Site
@@ -83,10 +82,16 @@ class Handle:
 
         Raises:
             RateError: a rate outside (0, 1].
-            SiteError: an unknown site, with the nearest name.
+            SiteError: an unknown site, with the nearest name; one that cannot rest in this mode.
         """
         self._alive()
         asked = rates.resolve(new, self.costs)
+        for site in self.sites:
+            if self.options.mode not in site.modes and asked[site.name] < 1:
+                raise SiteError(
+                    f"{site.name}: cannot rest row by row: {site.why_not_row}. Leave it out with "
+                    f'exclude="{site.name}" or at rate 1, or take mode="batch".'
+                )
         self._decider.rates = asked
         wanted = {name for name, p in asked.items() if p < 1}
         for name in wanted - self._installed:
@@ -124,8 +129,13 @@ class Handle:
         return self._decider.time
 
     def step(self, n: int | None = None) -> None:
-        """Set the schedule's time to ``n`` optimiser steps; without ``n``, advance it by one."""
-        self._decider.time_set = self.time + 1 if n is None else int(n)
+        """Set the schedule's time to ``n`` optimiser steps; without ``n``, to the number of such calls.
+
+        Raises:
+            RateError: ``n`` is not a whole number from 0 on.
+        """
+        clock = self._decider.clock
+        clock.set = (clock.set or 0) + 1 if n is None else check_count("step: n", n)
 
     @property
     def draw(self) -> int:
@@ -212,7 +222,7 @@ class Handle:
         schedule = None if self.schedule is None else schedules.to_dict(self.schedule)
         state = {"rates": dict(self.rates), "schedule": schedule, "draw": self._decider.book.count}
         stats = {name: list(s) for name, s in self._decider.stats.items()}
-        times = {"time": self._decider.time_set, "optimizer_steps": self._decider.optimizer_steps}
+        times = {"time": self._decider.clock.set, "clock": self.time}
         return {**state, "seed": self.options.seed, **times, "stats": stats}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,20 +232,32 @@ class Handle:
             UsageError: fields are missing.
             SiteError: the state is of a model with other sites.
         """
+        if not isinstance(state, Mapping):
+            raise UsageError(f"the handle's state must be what state_dict() gave, got {type(state).__name__}")
         missing = {"rates", "schedule", "draw", "seed"} - set(state)
         if missing:
             raise UsageError(
                 f"the handle's state lacks {', '.join(sorted(missing))}; pass what state_dict() gave"
             )
-        self.set_rates(state["rates"])
-        self._decider.schedule = None if state["schedule"] is None else schedules.from_dict(state["schedule"])
-        self._decider.options = replace(self.options, seed=int(state["seed"]))
-        self._decider.book = DrawBook(int(state["draw"]))
-        self._decider.time_set = state.get("time")
-        self._decider.optimizer_steps = int(state.get("optimizer_steps", 0))
-        self._decider.stats.update(
-            {k: list(v) for k, v in state.get("stats", {}).items() if k in self._decider.stats}
+        schedule = state["schedule"]
+        if schedule is not None and not isinstance(schedule, Mapping):
+            raise UsageError(f"the handle's schedule must be what state_dict() gave, got {schedule!r}")
+        schedule = None if schedule is None else schedules.from_dict(schedule)
+        seed, draw = check_seed(state["seed"]), check_count("the handle's draw", state["draw"])
+        other = (
+            sorted(set(state["rates"]) ^ set(self.rates)) if isinstance(state["rates"], Mapping) else ["?"]
         )
+        if other:
+            raise SiteError(f"the state is of a model with other sites: {other[0]} is in one of them only")
+        self.set_rates(state["rates"])
+        self._decider.schedule, self._decider.book.count = schedule, draw
+        self._decider.options = replace(self.options, seed=seed)
+        self._decider.book.current = self._decider.book.loose = None
+        clock = self._decider.clock
+        clock.start, clock.draws, clock.steps = int(state.get("clock", draw)), draw, 0
+        clock.set = state.get("time")
+        for name, seen in state.get("stats", {}).items():
+            self._decider.stats[name] = list(seen)
 
     # --- the way back --------------------------------------------------------------------------------------
     def remove(self) -> None:
@@ -247,6 +269,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        optimizers.leave(self.model)
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             del self.model.__dict__[_ATTRIBUTE]
         self._spent = True
@@ -303,13 +326,6 @@ class Handle:
             leave(RootLeave(self._decider), always_call=True),
         ]
         self.model.__dict__[_ATTRIBUTE] = self
-        if self.schedule is not None:
-            self._hooks.append(_OptimizerHook(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies count their own forwards: an optimiser steps the original's parameters."""
-        keep = [h for h in self._hooks if not getattr(h, "fallow_global", False)]
-        return {**self.__dict__, "_hooks": keep}
 
     def __repr__(self) -> str:
         """One line."""
@@ -318,29 +334,6 @@ class Handle:
             f"Handle({len(self.sites)} sites, mode={o.mode!r}, sampler={o.sampler!r}, scale={o.scale!r}, "
             f"expected cost {self.expected_cost:.3f}, draw {self.draw})"
         )
-
-
-class _OptimizerHook:
-    """Counts the steps of optimisers that hold the model's parameters, and can be removed."""
-
-    fallow_global = True
-
-    def __init__(self, handle: Handle) -> None:
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
-        self.handle = weakref.ref(handle)
-        self.hook = register_optimizer_step_post_hook(self)
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        handle = self.handle()
-        if handle is None:
-            return self.hook.remove()
-        own = {id(p) for p in handle.model.parameters()}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            handle._decider.optimizer_steps += 1
-
-    def remove(self) -> None:
-        self.hook.remove()
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +69,9 @@ def tiled(args: tuple, kwargs: dict, rows: int) -> tuple[tuple, dict]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore buffers, training flags, gradients and every random number generator afterwards."""
     flags = [(m, m.training) for m in model.modules()]
+    held = [(m, dict(m._buffers)) for m in model.modules()]  # a forward may put new tensors there
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    generators = _host_generators()
     grads = [(p, p.grad) for p in model.parameters()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -76,11 +80,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
+            for module, tensors in held:
+                module._buffers.clear()
+                module._buffers.update(tensors)
             with torch.no_grad():
                 for buffer, was in buffers:
                     buffer.copy_(was)
+            for restore, state in generators:
+                restore(state)
             for p, grad in grads:
                 p.grad = grad
+
+
+def _host_generators() -> list[tuple[Any, Any]]:
+    """Python's and numpy's generators: how to restore them, and their states."""
+    found = [(random.setstate, random.getstate())]
+    numpy = sys.modules.get("numpy")
+    return [*found, (numpy.random.set_state, numpy.random.get_state())] if numpy is not None else found
 
 
 @contextmanager
@@ -107,9 +123,10 @@ def no_silent_parameters(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, args: tuple, kwargs: dict, rows: int, train: bool) -> Trace:
     """Record one forward; an example that the model cannot run becomes a clear error."""
     model.train(train)
+    inputs = tiled(args, kwargs, rows)
     try:
         with torch.enable_grad():
-            return record(model, *tiled(args, kwargs, rows), rows)
+            return record(model, *inputs, rows)
     except Exception as error:
         raise SiteError(
             f"the model cannot run the example (a batch of {rows} rows, {'training' if train else 'eval'} "

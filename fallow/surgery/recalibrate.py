@@ -12,14 +12,15 @@ from fallow.errors import UsageError
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Replace running statistics by the average over ``batches``, equal weight each; flags are restored."""
+    """Replace running statistics by the average over ``batches``, equal weight each; all or nothing."""
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     flags = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
+    before = [{name: b.clone() for name, b in m.named_buffers(recurse=False)} for m in norms]
     model.eval()
-    count = 0
+    done = False
     try:
         for m in norms:
             m.reset_running_stats()
@@ -28,16 +29,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         with torch.no_grad():
             for batch in batches:
                 call_model(model, inputs_of(batch))
-                count += 1
+                done = True
+        if not done:
+            raise UsageError("recalibrate got no batch: pass at least one batch of inputs")
+    except BaseException:
+        for m, buffers in zip(norms, before, strict=True):
+            m.load_state_dict(buffers, strict=False)
+        raise
     finally:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
         for m, training in flags:
             m.training = training
-    if norms and not count:
-        raise UsageError(
-            "recalibrate got no batch, and the statistics are reset: pass at least one batch of inputs"
-        )
 
 
 def inputs_of(batch: Any) -> Any:

@@ -56,7 +56,7 @@ class Report:
 
     def as_dict(self) -> dict[str, float]:
         """A flat dict for loggers."""
-        flat: dict[str, float] = {"draws": self.draws}
+        flat: dict[str, float] = {"draws": float(self.draws)}
         flat |= {"depth/asked": self.expected_depth, "depth/realised": self.depth}
         flat |= {"cost/asked": self.expected_cost, "cost/realised": self.cost}
         for s in self.sites:

@@ -7,6 +7,7 @@ it absorbs every operation, and the addition gives back the shortcut itself: not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -121,13 +122,15 @@ class Rows(torch.Tensor):
         name = func.__name__
         if name in _ADDITIONS and len(args) == 2:
             mine, other = (args[0], args[1]) if isinstance(args[0], Rows) else (args[1], args[0])
-            if isinstance(other, Tensor) and not isinstance(other, Rows):
-                run = mine.run
+            run = mine.run
+            if isinstance(other, Tensor) and not isinstance(other, Rows) and not run.done:
                 if run.inner_sums == 0:
-                    written = name in ("add_", "__iadd__") and other is args[0]
-                    return residual_sum(run, other, mine, written, kwargs.get("alpha", 1))
+                    onto = args[0] if name in ("add_", "__iadd__") else None
+                    return residual_sum(run, other, mine, onto, kwargs.get("alpha", 1))
                 run.inner_sums -= 1
         first = _first(args, kwargs)
+        if first.run.done:
+            return _afterwards(func, args, kwargs)
         return (
             _absorb(first, func, name, args, kwargs)
             if first.run.rested
@@ -163,18 +166,20 @@ def unwrap(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def residual_sum(run: Run, shortcut: Tensor, branch: Rows, written: bool, alpha: float) -> Tensor:
-    """Shortcut plus scaled branch on the kept rows, the shortcut elsewhere."""
+def residual_sum(run: Run, shortcut: Tensor, branch: Rows, onto: Tensor | None, alpha: float) -> Tensor:
+    """Shortcut plus scaled branch on the kept rows, the shortcut elsewhere; ``onto``: written in place."""
     scale = run.scale * alpha
     if run.rested:
-        out = _at_rest(run, shortcut, written)
+        out = _at_rest(run, shortcut, onto is shortcut)
     elif run.selection is None:
         z = unwrap(branch)
-        out = shortcut.add_(z, alpha=scale) if written else torch.add(shortcut, z, alpha=scale)
-    elif written:
+        out = shortcut.add_(z, alpha=scale) if onto is shortcut else torch.add(shortcut, z, alpha=scale)
+    elif onto is shortcut:
         out = rows.add_(shortcut, unwrap(branch), run.selection, scale, run.dim)
     else:
         out = rows.add(shortcut, unwrap(branch), run.selection, scale, run.dim)
+    if onto is branch and not run.rested and out.dtype != branch.dtype:
+        out = out.to(branch.dtype)  # a sum in place has the dtype of what it is written into
     run.finish(shortcut, out)
     return out
 
@@ -185,8 +190,24 @@ def _at_rest(run: Run, shortcut: Tensor, written: bool) -> Tensor:
     if dtype != shortcut.dtype:
         shortcut, copy = shortcut.to(dtype), False
     if run.zeros:
-        return rows.zero_grads(shortcut, run.zeros, copy)
+        return rows.zero_grads(shortcut, run.zeros, "written" if written else "copy" if copy else "view")
     return shortcut.clone() if copy else shortcut
+
+
+def _afterwards(func: Callable, args: Any, kwargs: Any) -> Any:
+    """What a branch left behind (an auxiliary loss, something to log) is a plain tensor once its sum is made.
+
+    One that rested left nothing: NaN, which a log shows and a loss cannot hide.
+    """
+
+    def plain(t: Any) -> Any:
+        if not isinstance(t, Rows):
+            return t
+        absent = t.run.rested and unwrap(t).is_floating_point()
+        return torch.full_like(unwrap(t), math.nan) if absent else unwrap(t)
+
+    args, kwargs = tree_map(plain, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _first(args: Any, kwargs: Any) -> Rows:

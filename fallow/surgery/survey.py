@@ -99,7 +99,19 @@ def _chosen(
             return name in named or name in (include or ())
         return include is None or any(fnmatchcase(name, p) for p in include)
 
-    return [b for b in branches if wanted(b)]
+    chosen = [b for b in branches if wanted(b)]
+    return [b for b in chosen if not _gives_way(b, chosen, (*named, *(include or ())))]
+
+
+def _gives_way(branch: Branch, chosen: list[Branch], named: tuple[str, ...]) -> bool:
+    """Whether a site is left out because one around it or inside it was asked for by name."""
+    around = [o for o in chosen if branch.sum_op in o.ops or o.sum_op in branch.ops]
+    rival = next((o for o in around if o.name in named), None)
+    if rival is not None and (branch.name in named or rival.ambiguous == branch.ambiguous):
+        raise SiteError(
+            f"{branch.name} and {rival.name}: one is inside the branch of the other; take one of them"
+        )
+    return rival is not None
 
 
 def _block_name(branch: Branch, branches: list[Branch]) -> str:

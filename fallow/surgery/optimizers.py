@@ -1,0 +1,46 @@
+"""Count the steps of the optimisers that hold a model's parameters, for the schedules."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from fallow.surgery.decide import Clock
+
+# One hook for all models, and none before the first is applied. It is never taken off again: torch walks over
+# its hooks while they run, and a model may be dropped at any moment.
+_followed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Clock]] = weakref.WeakKeyDictionary()
+_installed: list[Any] = []
+
+
+def follow(model: nn.Module, clock: Clock, look: bool) -> None:
+    """Let a clock run on the steps of the model's optimisers; ``look``: for one that is there already."""
+    _followed[model] = weakref.ref(clock)
+    if not _installed:
+        _installed.append(register_optimizer_step_post_hook(_stepped))
+    if look and not clock.by_optimizer:
+        clock.by_optimizer = any(
+            issubclass(type(o), Optimizer) and _holds(o, model) for o in gc.get_objects()
+        )
+
+
+def leave(model: nn.Module) -> None:
+    """Stop following."""
+    _followed.pop(model, None)
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    for model, ref in list(_followed.items()):
+        clock = ref()
+        if clock is not None and _holds(optimizer, model):
+            clock.optimizer_stepped()
+
+
+def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
+    own = {id(p) for p in model.parameters()}
+    return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
