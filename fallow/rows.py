@@ -7,6 +7,8 @@ pass over memory on the way out, and scattered rows are gathered and added on th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +101,41 @@ def add_(x: Tensor, z: Tensor, selection: Selection, scale: float = 1.0, dim: in
         return x
     index = selection.index.to(x.device)
     return x.index_add_(dim, index, z.to(x.dtype), alpha=scale)
+
+
+@contextmanager
+def saved_as_rows(x: Tensor, taken: Tensor, selection: Selection, dim: int = 0) -> Iterator[None]:
+    """Inside, what backward needs of the copy ``taken = take(x, ...)`` is kept as x and taken again then.
+
+    For an x that is kept anyway (the ReLU that made it keeps it): the copy would be memory on top of it.
+    Nothing happens where something else decides how tensors are saved (activation checkpointing).
+    """
+    where, version, whole = _memory(taken), x._version, x.detach()
+    if taken.data_ptr() == x.data_ptr() or _other_hooks():
+        yield
+        return
+
+    def pack(t: Tensor) -> Tensor | None:
+        return None if _memory(t) == where else t
+
+    def unpack(t: Tensor | None) -> Tensor:
+        if t is not None:
+            return t
+        if x._version != version:
+            raise RuntimeError("the input of a branch was written into before its backward")
+        return take(whole, selection, dim)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _other_hooks() -> bool:
+    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
+def _memory(t: Tensor) -> tuple:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t._version
 
 
 def _flat_order(x: Tensor) -> list[int] | None:

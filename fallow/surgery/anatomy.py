@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils._pytree import tree_leaves
 
-from fallow.surgery.flow import AFFINE, HOMOGENEOUS, NORMS, REARRANGING, Flow, base_name
+from fallow.surgery.flow import AFFINE, HOMOGENEOUS, KEEPS_RESULT, NORMS, REARRANGING, Flow, base_name
 from fallow.surgery.found import Role
 from fallow.surgery.trace import Op, Slot
 
@@ -37,7 +37,9 @@ def roles_of(flow: Flow, region: set[int], own: set[int]) -> tuple[list[Role], i
         arrives = [v for v in call.inputs.values() if v in trace.batch]
         shape_in = trace.values[arrives[0]].shape if arrives else ()
         dim_in = trace.batch[arrives[0]] if arrives else 0
-        roles.append(Role(call.name, c, entry, rows, call.template, on_path, shape_in, dim_in, shapes))
+        made_by = trace.values[arrives[0]].op if arrives else -1
+        kept = made_by >= 0 and base_name(trace.ops[made_by]) in KEEPS_RESULT
+        roles.append(Role(call.name, c, entry, rows, call.template, on_path, shape_in, dim_in, kept, shapes))
         carrying |= {v for v in region if call.start <= trace.values[v].op < call.end}
     inner += sum(_carry(op, carrying) for op in pending)
     return [r for r in roles if not _ungated(flow, r)], inner

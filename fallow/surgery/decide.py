@@ -79,6 +79,7 @@ class Decider:
     def forget(self) -> None:
         """Start counting anew."""
         self.stats = {name: [0, 0.0] for name in self.rates}
+        self.checked = set()
 
     @property
     def time(self) -> int:

@@ -43,6 +43,7 @@ class Draw:
     share: dict[str, float] = field(default_factory=dict)  # realised share of rows kept, by site reached
     reached: int = -1  # last branch reached outside a root forward
     marked: bool = False  # a `Mark` at the end of its forward says when backward gets there
+    recalled: bool = False  # its forward was recomputed
     graph: bool = True  # made with gradients on; reentrant checkpoints run their forward without
 
 
@@ -55,7 +56,7 @@ class DrawBook:
     """Keeps the draws of one applied model.
 
     A draw lives as long as something may recompute its forward: one with a mark as long as its graph, which
-    holds the mark; any other until work starts again after a backward.
+    holds the mark; of the others the latest are kept.
     """
 
     def __init__(self, count: int = 0) -> None:
@@ -66,7 +67,6 @@ class DrawBook:
         self.held = False
         self._recalled: Draw | None = None  # of the forward that is being recomputed
         self._order = _NONE  # the branch that asked last in it
-        self._backward = False  # a backward was seen since the last draw
         self._unmarked: list[Draw] = []
         self._memory: dict[tuple, tuple[StorageWeakRef, list[weakref.ref[Draw]]]] = {}
 
@@ -78,10 +78,8 @@ class DrawBook:
         """Put a new draw in force."""
         self.count = draw.index + 1
         draw.graph = torch.is_grad_enabled()
-        if self._backward:
-            self._unmarked = []
-        self._unmarked = [*self._unmarked[-63:], draw]
-        self._recalled, self._order, self._backward = None, _NONE, False
+        self._unmarked = [*self._unmarked[-15:], draw]
+        self._recalled, self._order = None, _NONE
         if len(self._memory) > 4096:
             self._memory = {k: v for k, v in self._memory.items() if not v[0].expired()}
         return draw
@@ -100,22 +98,23 @@ class DrawBook:
 
     def recall(self, x: Tensor, where: str, order: int) -> Draw:
         """The draw of the forward that is being recomputed from here on."""
-        self._backward = True
         known = self._memory.get(_place(x) or ())
         there = [] if known is None or known[0].expired() else [d for r in known[1] if (d := r()) is not None]
+        there = [d for d in there if d is self._recalled or not d.recalled] or there
         if len(there) == 1:
             self._recalled = there[0]
         elif there:  # one input of several forwards: only marks tell them apart
             if self._recalled not in there or not all(d.marked for d in there):
                 raise self._cannot_tell(where, len(there))
         elif self._recalled is None or order != self._order + 1:  # not the region's next branch: a new region
-            waiting = [d for d in self._unmarked if d.graph != _reentrant() or d is self._recalled]
+            waiting = [d for d in self._unmarked if not d.recalled and d.graph != _reentrant()]
             able = waiting if self._recalled is None else {*waiting, self._recalled}
             if len(able) != 1:
                 raise self._cannot_tell(where, len(able))
             (self._recalled,) = able
         self._order = order
         assert self._recalled is not None
+        self._recalled.recalled = True
         return self._recalled
 
     def _cannot_tell(self, where: str, forwards: int) -> RunError:
@@ -127,7 +126,7 @@ class DrawBook:
 
     def mark(self, draw: Draw) -> None:
         """A backward reached the end of this draw's forward."""
-        self._recalled, self._order, self._backward = draw, _NONE, True
+        self._recalled, self._order = draw, _NONE
 
     def has_mark(self, draw: Draw) -> None:
         """The graph tells when backward reaches this draw's forward, and keeps the draw."""

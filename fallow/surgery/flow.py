@@ -32,6 +32,7 @@ POINTWISE = frozenset(
     _prelu_kernel prelu add sub rsub silu gelu elu softplus log log1p where maximum minimum gt lt ge le sgn
     sign addcmul""".split()
 )
+KEEPS_RESULT = frozenset("relu sigmoid tanh".split())
 AFFINE = PRODUCTS | NORMS
 HOMOGENEOUS = (REARRANGING - {"cat", "stack"}) | frozenset(_POOLS.split())
 HOMOGENEOUS |= frozenset("max_pool2d relu leaky_relu native_dropout dropout".split())

@@ -17,6 +17,7 @@ class Role:
     on_path: dict[int, int]  # value in the template that carries rows -> its batch dimension
     shape_in: tuple[int, ...]  # of the first batched argument in the example
     dim_in: int  # and its batch dimension
+    kept_before: bool  # the operation that made that argument keeps it for its own backward
     shapes_out: dict[int, tuple[int, ...]]  # of the values on the path
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from fallow.rows import take
+from fallow.rows import saved_as_rows, take
 from fallow.surgery.branch import BranchState, Run
 from fallow.surgery.found import Role
 from fallow.surgery.standin import Rows, rest, unwrap, wrap
@@ -61,7 +63,7 @@ class Gate:
         self.first = first
         self.rows = role.rows
         self.template = role.template
-        self.on_path = role.on_path
+        self.on_path, self.kept_before = role.on_path, role.kept_before
         self.shape_in, self.dim_in, self.shapes_out = role.shape_in, role.dim_in, role.shapes_out
 
     def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -79,8 +81,14 @@ class Gate:
             return call(*args, **kwargs)
         if run.rested:
             return self._at_rest(run, carried if carried is not None else self._batched(args, kwargs)[0])
-        args, kwargs = self._kept(run, args, kwargs)
-        return self._wrapped(run, call(*args, **kwargs))
+        whole, (args, kwargs) = args, self._kept(run, args, kwargs)
+        saving = nullcontext()
+        if self.kept_before and carried is None and run.selection is not None and torch.is_grad_enabled():
+            if whole and isinstance(whole[0], Tensor):
+                saving = saved_as_rows(whole[0], args[0], run.selection, self.dim_in)
+        with saving:
+            out = call(*args, **kwargs)
+        return self._wrapped(run, out)
 
     def _batched(self, args: tuple, kwargs: dict) -> tuple[Tensor, int]:
         """The first argument that has a batch dimension, and which it is."""

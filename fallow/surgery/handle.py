@@ -244,9 +244,8 @@ class Handle:
             raise UsageError(f"the handle's schedule must be what state_dict() gave, got {schedule!r}")
         schedule = None if schedule is None else schedules.from_dict(schedule)
         seed, draw = check_seed(state["seed"]), check_count("the handle's draw", state["draw"])
-        other = (
-            sorted(set(state["rates"]) ^ set(self.rates)) if isinstance(state["rates"], Mapping) else ["?"]
-        )
+        saved = state["rates"] if isinstance(state["rates"], Mapping) else {}
+        other = [n for n in saved if n not in self.rates] or [n for n in self.rates if n not in saved]
         if other:
             raise SiteError(f"the state is of a model with other sites: {other[0]} is in one of them only")
         self.set_rates(state["rates"])
