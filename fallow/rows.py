@@ -224,9 +224,29 @@ class _AddRows(torch.autograd.Function):
         grad_x = grad.to(x_dtype) if ctx.needs_input_grad[0] else None
         grad_z = None
         if ctx.needs_input_grad[1]:
-            kept = take(grad, ctx.selection, ctx.dim)
-            grad_z = (kept * ctx.scale if ctx.scale != 1 else kept).to(z_dtype)
+            grad_z = _TakeScaled.apply(grad, ctx.selection, ctx.scale, ctx.dim).to(z_dtype)
         return grad_x, grad_z, None, None, None
+
+
+class _TakeScaled(torch.autograd.Function):
+    """``scale * take(x)`` in one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, selection: Selection, scale: float, dim: int) -> Tensor:  # type: ignore[override]
+        ctx.selection, ctx.scale, ctx.dim = selection, scale, dim
+        if selection.index is not None:
+            return _gather(x, selection.index, dim).mul_(scale)
+        out = _like(x, selection.count, dim)
+        for first, length, at in selection.pieces():
+            torch.mul(x.narrow(dim, first, length), scale, out=out.narrow(dim, at, length))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        zeros = grad.new_zeros(()).expand(
+            [ctx.selection.total if d == ctx.dim else n for d, n in enumerate(grad.shape)]
+        )
+        return add(zeros, grad, ctx.selection, ctx.scale, ctx.dim), None, None, None
 
 
 class _ZeroGrads(torch.autograd.Function):
