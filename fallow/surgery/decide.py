@@ -13,6 +13,7 @@ from fallow import masks, schedules
 from fallow.errors import RateError, UsageError
 from fallow.rows import Selection, select_mask
 from fallow.surgery.branch import BranchState, Run
+from fallow.surgery.clock import Clock
 from fallow.surgery.draws import Draw, DrawBook, in_backward
 
 Entry = tuple[Tensor, int]  # what a branch is entered with, and its batch dimension
@@ -29,28 +30,6 @@ class Options:
     ranks: str = "same"
     rows: str = "window"
     seed: int = 0
-
-
-@dataclass
-class Clock:
-    """The time of a schedule: set by hand, else optimiser steps where known, else forwards."""
-
-    start: int = 0
-    draws: int = 0  # made when it started
-    set: int | None = None
-    steps: int = 0  # optimiser steps since
-    by_optimizer: bool = False
-
-    def now(self, draws: int) -> int:
-        """The time, after so many draws."""
-        if self.set is not None:
-            return self.set
-        return self.start + (self.steps if self.by_optimizer else draws - self.draws)
-
-    def optimizer_stepped(self) -> None:
-        """An optimiser that holds the model's parameters made a step."""
-        self.by_optimizer = True
-        self.steps += 1
 
 
 class Decider:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fallow import rates, schedules
 from fallow.errors import RunError, SiteError, UsageError, check_count
-from fallow.surgery import gate, optimizers
+from fallow.surgery import clock as clocks
+from fallow.surgery import gate
 from fallow.surgery.branch import BranchState
 from fallow.surgery.decide import Decider, Options, check_seed
-from fallow.surgery.draws import RootEnter, RootLeave
 from fallow.surgery.found import Branch
 from fallow.surgery.report import Report, SiteRow
+from fallow.surgery.root import RootEnter, RootLeave
 from fallow.surgery.site import Site
 
 _ATTRIBUTE = "_fallow_handle"
@@ -268,7 +269,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        optimizers.leave(self.model)
+        clocks.leave(self.model)
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             del self.model.__dict__[_ATTRIBUTE]
         self._spent = True

@@ -1,16 +1,37 @@
-"""Count the steps of the optimisers that hold a model's parameters, for the schedules."""
+"""The time of a schedule, and the optimisers whose steps it counts."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from fallow.surgery.decide import Clock
+
+@dataclass
+class Clock:
+    """The time of a schedule: set by hand, else optimiser steps where known, else forwards."""
+
+    start: int = 0
+    draws: int = 0  # made when it started
+    set: int | None = None
+    steps: int = 0  # optimiser steps since
+    by_optimizer: bool = False
+
+    def now(self, draws: int) -> int:
+        """The time, after so many draws."""
+        if self.set is not None:
+            return self.set
+        return self.start + (self.steps if self.by_optimizer else draws - self.draws)
+
+    def optimizer_stepped(self) -> None:
+        """An optimiser that holds the model's parameters made a step."""
+        self.by_optimizer = True
+        self.steps += 1
+
 
 # One hook for all models, and none before the first is applied. It is never taken off again: torch walks over
 # its hooks while they run, and a model may be dropped at any moment.
