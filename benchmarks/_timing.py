@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # glibc maps blocks of 32 MiB and more afresh for every tensor and gives memory back as soon as it is free:
-# tens of thousands of page faults a step, a number that differs from run to run. All arms run with these.
+# tens of thousands of page faults a step, a number that differs from run to run. With these it keeps it.
 _TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 

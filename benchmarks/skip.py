@@ -190,6 +190,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     p.add_argument(
+        "--keep-memory", action="store_true", help="let glibc keep the memory of large tensors (Linux)"
+    )
+    p.add_argument(
         "--quick", action="store_true", help="5 pairs of a quarter of the batch: a look, not a measurement"
     )
     options = p.parse_args(arguments)
@@ -241,5 +244,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    _timing.keep_memory()
+    if "--keep-memory" in sys.argv:
+        _timing.keep_memory()
     sys.exit(main())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,7 +22,7 @@ from fallow.errors import RunError
 from fallow.rows import Selection
 
 _NONE = -2  # no branch has asked
-_CHECKPOINT = sys.modules["torch.utils.checkpoint"].__file__
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 @dataclass(eq=False)
