@@ -32,9 +32,7 @@ class Draw:
     index: int
     rates: dict[str, float] = field(default_factory=dict)  # in force
     kept: dict[str, bool] = field(default_factory=dict)  # batch mode: site -> kept
-    rows: dict[tuple[str, int], Selection] = field(
-        default_factory=dict
-    )  # row mode: (site, batch size) -> rows
+    rows: dict[tuple[str, int], Selection] = field(default_factory=dict)  # row mode: by site and batch size
     share: dict[str, float] = field(default_factory=dict)  # realised share of rows kept, by site reached
     reached: int = -1  # last branch reached outside a root forward
     marked: bool = False  # a `Mark` at the end of its forward says when backward gets there
@@ -86,9 +84,8 @@ class DrawBook:
             return
         storage = x.untyped_storage()
         known = self._memory.get(key)
-        alive = (
-            [] if known is None or known[0].expired() else [r for r in known[1] if r() not in (None, draw)]
-        )
+        others = [] if known is None or known[0].expired() else known[1]
+        alive = [ref for ref in others if ref() not in (None, draw)]
         self._memory[key] = (StorageWeakRef(storage), [*alive, weakref.ref(draw)])
 
     def recall(self, x: Tensor, where: str, order: int) -> Draw:

@@ -45,10 +45,9 @@ class RootEnter:
             return
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if in_backward():
-            for t in tensors:
-                if t.is_floating_point() or len(tensors) == 1:
-                    book.recall(t, "the model", -1)
-                    break
+            if tensors:
+                first = next((t for t in tensors if t.is_floating_point()), tensors[0])
+                book.recall(first, "the model", -1)
             return
         if book.depth == 0:
             if book.count == self.decider.clock.draws:  # the first forward it counts
