@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -222,6 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    # oneDNN keeps 1024 compiled kernels, one for each shape. A row-mode model needs hundreds, a dozen
+    # arms in turn would throw each other's out and compile them anew at every step, as no training run does.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     command = " ".join(["python", "benchmarks/skip.py", *(sys.argv[1:] if arguments is None else arguments)])
     versions = {"fallow": fallow.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     report = {"schema": 1, "kind": "skip", "command": command, "versions": versions, "seed": options.seed}
