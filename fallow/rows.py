@@ -224,7 +224,10 @@ class _AddRows(torch.autograd.Function):
         grad_x = grad.to(x_dtype) if ctx.needs_input_grad[0] else None
         grad_z = None
         if ctx.needs_input_grad[1]:
-            grad_z = _TakeScaled.apply(grad, ctx.selection, ctx.scale, ctx.dim).to(z_dtype)
+            if ctx.scale == 1:  # no pass over memory where the window does not wrap
+                grad_z = take(grad, ctx.selection, ctx.dim).to(z_dtype)
+            else:
+                grad_z = _TakeScaled.apply(grad, ctx.selection, ctx.scale, ctx.dim).to(z_dtype)
         return grad_x, grad_z, None, None, None
 
 

@@ -50,7 +50,7 @@ class Flow:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.users: dict[str, list[Op]] = {}  # parameter -> operations that read it or a view of it
-        self.calls: dict[str, int] = {}  # module -> times it was called
+        self.calls = trace.times_called()
         self.written: dict[int, int] = {}  # memory -> last operation that wrote into it
         self.number: dict[int, int] = {}  # addition -> which of the forward's additions it is
         for op in trace.ops:
@@ -61,8 +61,6 @@ class Flow:
                     self.written[trace.values[out].storage] = op.index
             if op.name in SUMS:
                 self.number[op.index] = len(self.number)
-        for call in trace.calls:
-            self.calls[call.name] = self.calls.get(call.name, 0) + 1
 
     def is_ancestor(self, a: int, b: int) -> bool:
         """Whether value b was computed from value a."""

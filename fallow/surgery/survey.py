@@ -61,9 +61,7 @@ def survey(
 
 def _unshared(branches: list[Branch], trace: Trace, refused: list[Refused]) -> list[Branch]:
     """Leave out branches whose modules are called more than once in a forward (shared weights)."""
-    calls: dict[str, int] = {}
-    for call in trace.calls:
-        calls[call.name] = calls.get(call.name, 0) + 1
+    calls = trace.times_called()
     kept = []
     for b in branches:
         shared = [r.module for r in b.roles if calls[r.module] > 1]

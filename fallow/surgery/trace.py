@@ -6,6 +6,7 @@ say which call each operation belongs to. Nothing here knows about residual site
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +81,13 @@ class Trace:
     values: list[Value]
     ops: list[Op]
     calls: list[Call]
-    inputs: list[int]
     outputs: set[int]
     rows: int
-    result: Any = None
     batch: dict[int, int] = field(default_factory=dict)  # value -> its batch dimension
+
+    def times_called(self) -> Counter[str]:
+        """How often each module was called."""
+        return Counter(call.name for call in self.calls)
 
     def chain(self, call: int) -> list[int]:
         """The call and the calls around it, innermost first."""
@@ -159,11 +162,10 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         index = len(self.ops)
         names = [w for i in inputs for w in self.values[i].weights]
-        parents = [i for i in inputs]
         outputs = []
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                value = self.new(t, index, parents)
+                value = self.new(t, index, inputs)
                 outputs.append(value.index)
                 if any(t is s for s in tensors):  # written in place
                     self.last_write[value.storage] = value.index
@@ -235,14 +237,15 @@ def record(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Trace:
         removers.append(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         removers.append(module.register_forward_hook(leave, with_kwargs=True).remove)
     try:
-        inputs = [recorder.new(t, -1, [], source=True).index for _, t in tensor_paths((args, kwargs))]
+        for _, t in tensor_paths((args, kwargs)):
+            recorder.new(t, -1, [], source=True)
         with recorder:
             result = model(*args, **kwargs)
         outputs = {recorder.read(t) for _, t in tensor_paths(result)}
     finally:
         for remove in removers:
             remove()
-    return Trace(recorder.values, recorder.ops, recorder.calls, inputs, outputs, rows, result)
+    return Trace(recorder.values, recorder.ops, recorder.calls, outputs, rows)
 
 
 def mark_batch(first: Trace, second: Trace) -> bool:
