@@ -14,7 +14,7 @@ from fallow.surgery.decide import Options, check_seed
 from fallow.surgery.gate import Gated
 from fallow.surgery.handle import Handle, handle_of
 from fallow.surgery.site import Sites
-from fallow.surgery.survey import bind, survey
+from fallow.surgery.survey import bind, patterns, survey
 
 
 def sites(
@@ -48,7 +48,7 @@ def sites(
         ArgumentError: example is none of the above.
     """
     check_choice("granularity", granularity, ("branch", "block"))
-    return survey(model, example, granularity, _patterns(include), _patterns(exclude)).sites
+    return survey(model, example, granularity, patterns(include), patterns(exclude)).sites
 
 
 def apply(
@@ -134,7 +134,7 @@ def apply(
     rate_at(1.0, cast(Any, schedule), 0)  # refuses a strength outside [0, 1]
     _refuse_model(model)
     named = tuple(rates) if isinstance(rates, Mapping) else ()
-    found = survey(model, example, granularity, _patterns(include), _patterns(exclude), named)
+    found = survey(model, example, granularity, patterns(include), patterns(exclude), named)
     if not found.sites:
         raise SiteError(_no_sites(found.sites))
     options = Options(mode, sampler, scale, grads, ranks, rows, seed)
@@ -148,18 +148,6 @@ def apply(
         raise
     handle.attach()
     return handle
-
-
-def _patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    patterns = (
-        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
-    )
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ArgumentError(f"include and exclude take site names or patterns of them, got {pattern!r}")
-    return patterns
 
 
 def _refuse_model(model: nn.Module) -> None:

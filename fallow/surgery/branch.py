@@ -50,7 +50,8 @@ class BranchState:
 class Run:
     """One branch in one forward: which rows are kept, and how the sum is scaled.
 
-    ``rested``: no row is kept. ``selection`` None: every row is kept.
+    ``rested``: no row is kept. ``selection`` None: every row is kept. ``gate`` changes the branch's value
+    before it is added; ``watch`` sees shortcut, that value (None at rest) and the sum.
     """
 
     branch: BranchState
@@ -58,7 +59,8 @@ class Run:
     selection: Selection | None
     rested: bool
     zeros: list[Tensor] = field(default_factory=list)
-    watch: Callable[[BranchState, Tensor, Tensor], None] | None = None
+    gate: Callable[[Run, Tensor], Tensor] | None = None
+    watch: Callable[[Run, Tensor, Tensor | None, Tensor], None] | None = None
     inner_sums: int = 0
     done: bool = False  # its sum is made
 
@@ -80,11 +82,11 @@ class Run:
         key = (autocast_dtype(shortcut.device.type), shortcut.dtype)
         return self.branch.dtypes.get(key, shortcut.dtype)
 
-    def finish(self, shortcut: Tensor, out: Tensor) -> None:
-        """The sum is made; whoever probes the model is told."""
+    def finish(self, shortcut: Tensor, value: Tensor | None, out: Tensor) -> None:
+        """The sum is made; whoever watches is told."""
         self.done = True
         if self.watch is not None:
-            self.watch(self.branch, shortcut, out)
+            self.watch(self, shortcut, value, out)
 
 
 def branch_state(model: nn.Module, branch: Branch, site: str, order: int) -> BranchState:

@@ -43,8 +43,9 @@ class Decider:
         self.book = DrawBook()
         self.dense = False
         self.probe: Callable[[BranchState, Entry], Run | None] | None = (
-            None  # decides while a model is proved
+            None  # decides while a model is proved or probed
         )
+        self.observer: Callable[[Run, Draw], None] | None = None  # may watch what runs in training
         self.clock = Clock()
         self.stats: dict[str, list[float]] = {}  # site -> [forwards, sum of kept shares]
         self.zeros_seen, self.looked = False, 0
@@ -52,8 +53,9 @@ class Decider:
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are not being proved, and count on from here by their own forwards."""
-        return {**self.__dict__, "probe": None, "clock": Clock(self.time, self.book.count, self.clock.set)}
+        """Copies are neither proved nor observed, and count on from here by their own forwards."""
+        clock = Clock(self.time, self.book.count, self.clock.set)
+        return {**self.__dict__, "probe": None, "observer": None, "clock": clock}
 
     def forget(self) -> None:
         """Start counting anew."""
@@ -95,7 +97,10 @@ class Decider:
         scale = 1 / rate if self.options.scale == "train" else 1.0
         if share == 0:
             return Run(branch, scale, None, True, self._zeros(branch))
-        return Run(branch, scale, None if share == 1 else selection, False)
+        run = Run(branch, scale, None if share == 1 else selection, False)
+        if self.observer is not None:
+            self.observer(run, draw)
+        return run
 
     def _zeros(self, branch: BranchState) -> list[Tensor]:
         """The parameters that a branch at rest gives zeros to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,9 @@ from fallow import rates, schedules
 from fallow.errors import RunError, SiteError, UsageError, check_count
 from fallow.surgery import clock as clocks
 from fallow.surgery import gate
-from fallow.surgery.branch import BranchState
-from fallow.surgery.decide import Decider, Options, check_seed
+from fallow.surgery.branch import BranchState, Run
+from fallow.surgery.decide import Decider, Entry, Options, check_seed
+from fallow.surgery.draws import Draw
 from fallow.surgery.found import Branch
 from fallow.surgery.report import Report, SiteRow
 from fallow.surgery.root import RootEnter, RootLeave
@@ -143,6 +144,13 @@ class Handle:
         """Draws made so far."""
         return self._decider.book.count
 
+    def observe(self, observer: Callable[[Run, Draw], None] | None) -> None:
+        """Show each branch that runs in a training forward, and the forward's draw, to ``observer``.
+
+        It may set the run's ``watch``. One at a time; None takes it off. Copies are not observed.
+        """
+        self._decider.observer = observer
+
     # --- contexts --------------------------------------------------------------------------------------
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -258,6 +266,25 @@ class Handle:
         clock.set = state.get("time")
         for name, seen in state.get("stats", {}).items():
             self._decider.stats[name] = list(seen)
+
+    @contextmanager
+    def deciding(self, decide: Callable[[BranchState, Entry], Run | None]) -> Iterator[None]:
+        """Inside, ``decide`` says what every branch does, rate 1 included, in place of the draws."""
+        self._alive()
+        if self._decider.probe is not None:
+            raise RunError("this model is being probed already")
+        extra = self._installed.symmetric_difference(self._gates)
+        for name in extra:
+            for module, made in self._gates[name]:
+                gate.install(module, made)
+        self._decider.probe = decide
+        try:
+            yield
+        finally:
+            self._decider.probe = None
+            for name in extra:
+                for module, _ in self._gates[name]:
+                    gate.uninstall(module)
 
     # --- the way back --------------------------------------------------------------------------------------
     def remove(self) -> None:

@@ -88,8 +88,8 @@ def check(
     sums: dict[str, Tensor] = {}
     begun: list[str] = []
 
-    def watch(branch: BranchState, shortcut: Tensor, out: Tensor) -> None:
-        sums[branch.name] = out.detach().clone()
+    def watch(run: Run, shortcut: Tensor, value: Tensor | None, out: Tensor) -> None:
+        sums[run.branch.name] = out.detach().clone()
 
     def decide(branch: BranchState, entry: tuple[Tensor, int]) -> Run | None:
         if branch.name not in selections:
@@ -138,8 +138,8 @@ def _differs(name: str, sums: dict[str, Tensor], reference: _Masked) -> str:
 def note_dtypes(model: nn.Module, handle: Handle, inputs: tuple, device: str) -> None:
     """Record each sum's dtype with and without autocast, so that a sum at rest keeps it."""
 
-    def watch(branch: BranchState, shortcut: Tensor, out: Tensor) -> None:
-        branch.dtypes[autocast_dtype(shortcut.device.type), shortcut.dtype] = out.dtype
+    def watch(run: Run, shortcut: Tensor, value: Tensor | None, out: Tensor) -> None:
+        run.branch.dtypes[autocast_dtype(shortcut.device.type), shortcut.dtype] = out.dtype
 
     def decide(branch: BranchState, entry: Any) -> Run:
         return Run(branch, 1.0, None, False, watch=watch)

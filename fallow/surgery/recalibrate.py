@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fallow.errors import UsageError
+from fallow.feed import call_model, inputs_of
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -41,17 +42,3 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             m.momentum = momentum
         for m, training in flags:
             m.training = training
-
-
-def inputs_of(batch: Any) -> Any:
-    """The model's inputs of a batch: of an (inputs, target) pair the first; else the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call with a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(**inputs)

@@ -171,16 +171,20 @@ def residual_sum(run: Run, shortcut: Tensor, branch: Rows, onto: Tensor | None, 
     scale = run.scale * alpha
     if run.rested:
         out = _at_rest(run, shortcut, onto is shortcut)
-    elif run.selection is None:
-        z = unwrap(branch)
+        run.finish(shortcut, None, out)
+        return out
+    z = unwrap(branch)
+    if run.gate is not None:
+        z = run.gate(run, z)
+    if run.selection is None:
         out = shortcut.add_(z, alpha=scale) if onto is shortcut else torch.add(shortcut, z, alpha=scale)
     elif onto is shortcut:
-        out = rows.add_(shortcut, unwrap(branch), run.selection, scale, run.dim)
+        out = rows.add_(shortcut, z, run.selection, scale, run.dim)
     else:
-        out = rows.add(shortcut, unwrap(branch), run.selection, scale, run.dim)
-    if onto is branch and not run.rested and out.dtype != branch.dtype:
+        out = rows.add(shortcut, z, run.selection, scale, run.dim)
+    if onto is branch and out.dtype != branch.dtype:
         out = out.to(branch.dtype)  # a sum in place has the dtype of what it is written into
-    run.finish(shortcut, out)
+    run.finish(shortcut, z, out)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fallow.errors import SiteError, nearest
+from fallow.errors import ArgumentError, SiteError, nearest
 from fallow.rows import Selection
 from fallow.surgery import probe, prove
 from fallow.surgery.branch import BranchState, branch_state
@@ -57,6 +58,19 @@ def survey(
     groups = _groups(good, granularity)
     table = [_site(name, group, why["row"], dense) for name, group in groups.items()]
     return Survey(groups, Sites(table, ambiguous, refused))
+
+
+def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Names or patterns as a tuple; one alone stands for itself."""
+    if given is None:
+        return None
+    found = (
+        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    )
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"include and exclude take site names or patterns of them, got {pattern!r}")
+    return found
 
 
 def _unshared(branches: list[Branch], trace: Trace, refused: list[Refused]) -> list[Branch]:
