@@ -1,7 +1,8 @@
 """What users pass to have a model tried on: batches, and a loss of output and target.
 
 A batch is a pair ``(inputs, target)``, or a dict without a target that goes whole to
-``loss_fn(output, batch)``. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments.
+``loss_fn(output, batch)``. Inputs are a tensor, a tuple of positional arguments or a dict of keyword
+arguments.
 """
 
 from __future__ import annotations

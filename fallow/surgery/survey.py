@@ -64,9 +64,7 @@ def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     """Names or patterns as a tuple; one alone stands for itself."""
     if given is None:
         return None
-    found = (
-        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
-    )
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     for pattern in found:
         if not isinstance(pattern, str):
             raise ArgumentError(f"include and exclude take site names or patterns of them, got {pattern!r}")
