@@ -60,7 +60,7 @@ class Config:
     data_dir: str | None = option("Folder that holds the data set's files.")
     train_size: int | None = option("Keep this many training images, drawn class by class.")
     image_size: int | None = option("Side to which the images of an imagefolder are brought [32].")
-    model: str = option(f"Model: {', '.join(MODELS)} or timm:NAME.", "resnet56")
+    model: str = option(f"Model: {', '.join(MODELS)}, timm:NAME or torchvision:NAME.", "resnet56")
     preset: str | None = option("Optimiser and its settings: huang or adamw [adamw for transformers].")
     epochs: int | None = option(f"Passes over the training images [digits {_DIGITS[0]}, else {_OTHERS[0]}].")
     batch_size: int | None = option(f"Images to a step [digits {_DIGITS[1]}, else {_OTHERS[1]}].")
@@ -72,7 +72,9 @@ class Config:
     label_smoothing: float = option("Label smoothing in [0, 1).", 0.0)
     augment: bool = option("Shift, and where the set allows it flip, the training images.", True)
     budget: float | None = option("Expected share of a dense step's FLOPs [0.75].")
-    rates: str | dict[str, float] | None = option("linear, uniform, or a JSON file site -> rate [linear].")
+    rates: str | dict[str, float] | None = option(
+        "linear, uniform, a plan.json, or a JSON file site -> rate [linear]."
+    )
     survival_rate: float | None = option("Survival rate of every site (uniform).")
     last: float | None = option("Survival rate of the last site (linear).")
     first: float | None = option("Survival rate of the first site (linear, with --last).")
@@ -231,7 +233,17 @@ def _mapping(source: str | Mapping[str, float] | None) -> dict[str, float]:
         raise UsageError(f"{path} is not a JSON file of survival rates ({error})") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} must hold one JSON mapping from site name to survival rate")
-    return found
+    return _planned(found, path) if found.get("kind") == "plan" else found
+
+
+def _planned(plan: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """The rates of a plan's file, by site."""
+    try:
+        return {str(site["name"]): site["rate"] for site in plan["sites"]}
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"{path} is the file of a plan without sites and rates: write it anew with fallow plan"
+        ) from None
 
 
 def _check(config: Config) -> None:
@@ -240,10 +252,11 @@ def _check(config: Config) -> None:
         check_choice(_flag(name), getattr(config, name), allowed)
     if config.data not in NAMES:
         check_choice("--data", config.data, NAMES)
-    if config.model not in MODELS and not config.model.startswith("timm:"):
+    if config.model not in MODELS and not config.model.startswith(("timm:", "torchvision:")):
         close = nearest(config.model, MODELS)
         hint = f"; did you mean {close}?" if close else ""
-        raise UsageError(f"--model must be {', '.join(MODELS)} or timm:NAME, got {config.model}{hint}")
+        listed = f"{', '.join(MODELS)}, timm:NAME or torchvision:NAME"
+        raise UsageError(f"--model must be {listed}, got {config.model}{hint}")
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         if value is not None:

@@ -143,6 +143,17 @@ def test_every_option_of_apply_reaches_the_handle():
         job.handle.remove()
 
 
+def test_rates_from_the_file_of_a_plan(tmp_path: Path):
+    plan = {"schema": 1, "kind": "plan", "sites": [{"name": "group1.0", "rate": 0.25, "cost": 0.1}]}
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    assert settled(budget=None, rates=str(file)).rates == {"group1.0": 0.25}
+    for sites in ({}, [{"rate": 0.5}], [3]):
+        file.write_text(json.dumps(plan | {"sites": sites} if sites else {"kind": "plan"}))
+        with pytest.raises(UsageError, match="without sites and rates: write it anew"):
+            settled(budget=None, rates=str(file))
+
+
 def test_granularity_and_timm_models_reach_their_place():
     config = Config(model="vit_small", granularity="block", threads=1, train_size=50, twin=False).settled()
     job = _job.prepare(config, "")
