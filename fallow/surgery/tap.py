@@ -19,7 +19,7 @@ from fallow.errors import ArgumentError, SiteError, nearest
 from fallow.feed import call_model
 from fallow.surgery import probe
 from fallow.surgery.branch import BranchState, Run
-from fallow.surgery.decide import Options
+from fallow.surgery.decide import Entry, Options
 from fallow.surgery.handle import Handle, handle_of
 from fallow.surgery.site import Site
 from fallow.surgery.survey import bind, patterns, survey
@@ -34,7 +34,10 @@ class Taps:
         model: the model, in eval mode.
         sites: those asked for, in the order they run.
         branches: the branches of these sites, in the order they run.
+        entered: what the branch being decided on is entered with.
     """
+
+    entered: Tensor
 
     def __init__(self, handle: Handle, sites: list[Site]) -> None:
         self.model, self._handle, self.sites = handle.model, handle, sites
@@ -50,10 +53,11 @@ class Taps:
         """The model's output where ``decide`` says what each branch does; without it, of the full network."""
         mine = {b.name for b in self.branches}
 
-        def chosen(branch: BranchState, _entry: Any) -> Run | None:
+        def chosen(branch: BranchState, entry: Entry) -> Run | None:
+            self.entered = entry[0]
             return decide(branch) if decide is not None and branch.name in mine else None
 
-        with self._handle.deciding(chosen):
+        with self._handle.deciding(chosen), self._handle.dense():
             return call_model(self.model, inputs)
 
 
