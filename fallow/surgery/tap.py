@@ -75,7 +75,7 @@ def gated(branch: BranchState, gate: Tensor | float) -> Run | None:
     def multiply(run: Run, value: Tensor) -> Tensor:
         shape = [1] * value.dim()
         shape[run.dim] = factor.numel()
-        return value * factor.to(value.dtype).reshape(shape)
+        return value * factor.to(value).reshape(shape)
 
     return Run(branch, 1.0, None, False, gate=multiply)
 
