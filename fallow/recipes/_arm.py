@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fallow import models
 from fallow.data import Dataset
-from fallow.errors import RunError, UsageError
-from fallow.integrations.torchvision import need_timm
+from fallow.errors import RunError
+from fallow.integrations.loading import load_model
 from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._measure import Stopwatch, mean, median, peak_memory, ratio
@@ -41,17 +40,13 @@ class NotFinite(RunError):
 
 def build(config: Config, dataset: Dataset) -> nn.Module:
     """The model with the run's initial weights; the same ones at every call."""
-    torch.manual_seed(seed_of(config.seed, "weights"))
-    if config.model.startswith("timm:"):
-        name = config.model.removeprefix("timm:")
-        try:
-            model = need_timm().create_model(name, num_classes=dataset.classes, in_chans=dataset.channels)
-        except (RuntimeError, TypeError) as error:
-            raise UsageError(f"timm cannot make the model {name}: {str(error).splitlines()[0]}") from None
-    else:
-        model = models.build(
-            config.model, classes=dataset.classes, channels=dataset.channels, image=dataset.size
-        )
+    model = load_model(
+        config.model,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        image=dataset.size,
+        seed=seed_of(config.seed, "weights"),
+    )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device=config.device, memory_format=layout)  # type: ignore[call-overload]
 

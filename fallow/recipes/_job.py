@@ -13,6 +13,7 @@ import torch
 
 from fallow import data
 from fallow.errors import UsageError
+from fallow.integrations.loading import channels_taken
 from fallow.recipes import _results
 from fallow.recipes._arm import Arm, build, droppable_time
 from fallow.recipes._batches import Batches
@@ -46,9 +47,7 @@ class Job:
 
 def prepare(config: Config, command: str) -> Job:
     """Data, models and draws of a settled configuration; refuses what cannot be before any step."""
-    dataset = data.load(
-        config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
-    )
+    dataset = images(config)
     batches = Batches(dataset, config)
     model = build(config, dataset)
     twin = copy.deepcopy(model) if config.twin else None
@@ -77,6 +76,14 @@ def prepare(config: Config, command: str) -> Job:
         "budget": _results.budget(handle, config, total, None),
     }
     return Job(config, batches, handle, arms, 0, total, results, {})
+
+
+def images(config: Config) -> data.Dataset:
+    """The data set of a run, with as many channels as its model takes."""
+    dataset = data.load(
+        config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
+    )
+    return dataset.with_channels(channels_taken(config.model, dataset.channels))
 
 
 def measure(job: Job) -> None:

@@ -15,12 +15,20 @@ from typing import Any
 
 import torch
 
-from fallow import data
 from fallow.errors import DataError, FallowError, RunError
 from fallow.recipes._arm import NotFinite, build
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config
-from fallow.recipes._job import Job, checkpoint, measure, prepared, restore, surroundings, write_results
+from fallow.recipes._job import (
+    Job,
+    checkpoint,
+    images,
+    measure,
+    prepared,
+    restore,
+    surroundings,
+    write_results,
+)
 from fallow.recipes._optimise import learning_rate
 from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder, first_free
 from fallow.recipes._stop import Interrupted, asked_to_stop
@@ -194,5 +202,5 @@ def sites_of(config: Config) -> Sites:
     """The sites of the model of a run, proved on the images of its data set."""
     config = config.settled()
     with surroundings(config):
-        dataset = data.load(config.data, config.data_dir, size=config.image_size)
+        dataset = images(config)
         return sites(build(config, dataset), Batches(dataset, config).example())
