@@ -13,6 +13,7 @@ from fallow.errors import (
     UsageError,
 )
 from fallow.noise import StochasticDepth, stochastic_depth
+from fallow.planning import Plan, plan
 from fallow.surgery import Handle, Report, Site, Sites, apply, handle_of, sites
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FallowError",
     "Handle",
     "MissingExtra",
+    "Plan",
     "RateError",
     "Report",
     "RunError",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "apply",
     "handle_of",
+    "plan",
     "rates",
     "schedules",
     "sites",

@@ -1,7 +1,7 @@
 """Survival rates for a budget: Uniform, Linear, SenseMode, and the choice between them. Pure Python.
 
-Sites are l = 1..L with costs c_l, shares of a whole dense step that sum to at most 1, and sensitivities S_l >= 0.
-A budget B is the expected share of the dense step that a rate p_l at every site leaves:
+Sites are l = 1..L with costs c_l, shares of a whole dense step that sum to at most 1, and sensitivities S_l
+>= 0. A budget B is the expected share of the dense step that a rate p_l at every site leaves:
 
     1 - sum_l c_l (1 - p_l) = B
 """
@@ -75,9 +75,9 @@ def sensemode(
 ) -> dict[str, float]:
     """SenseMode: rates in proportion to sensitivities, clipped, at the budget exactly.
 
-    Formula: ``p_l = min(1, max(p_min, a w_l))`` with ``w_l = (S_l / sqrt(c_l))^gamma`` and the a that meets the
-    budget. With equal costs and gamma 1, ``p_l`` is proportional to ``S_l``. It is the one minimiser of the
-    noise ``sum S_l^2 / p_l`` under the budget and ``p_min <= p_l <= 1`` (for gamma 1).
+    Formula: ``p_l = min(1, max(p_min, a w_l))`` with ``w_l = (S_l / sqrt(c_l))^gamma`` and the a that meets
+    the budget. With equal costs and gamma 1, ``p_l`` is proportional to ``S_l``. It is the one minimiser of
+    the noise ``sum S_l^2 / p_l`` under the budget and ``p_min <= p_l <= 1`` (for gamma 1).
 
     Args:
         sensitivities: S_l >= 0 by site; only their ratios matter.
@@ -117,8 +117,8 @@ def sensemode(
     wanted = budget - (1.0 - total)  # sum c_l p_l
     if wanted < minimum * total - _ROUNDING:
         raise RateError(
-            f"rates of at least {minimum:g} over {len(costs)} sites cannot reach the budget {budget:g}: the sites "
-            f"hold {total:.1%} of a step; the smallest feasible budget is "
+            f"rates of at least {minimum:g} over {len(costs)} sites cannot reach the budget {budget:g}: the "
+            f"sites hold {total:.1%} of a step; the smallest feasible budget is "
             f"{_rounded_up(1.0 - total * (1.0 - minimum))}, or lower minimum_rate"
         )
     weights = {n: _weight(known[n], costs[n], gamma) for n in costs}
@@ -185,7 +185,8 @@ def auto(
 def spread(sensitivities: Mapping[str, float], errors: Mapping[str, float] | None = None) -> float:
     """Coefficient of variation of the sensitivities, their sampling noise taken off.
 
-    Formula: ``sqrt(max(0, var_l S_l - mean_l e_l^2)) / mean_l S_l``, var_l with L - 1; 0 for one site or zeros.
+    Formula: ``sqrt(max(0, var_l S_l - mean_l e_l^2)) / mean_l S_l``, var_l with L - 1; 0 for one site or
+        zeros.
 
     Examples:
         >>> round(spread({"a": 1.0, "b": 3.0}), 6)

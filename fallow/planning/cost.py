@@ -1,7 +1,7 @@
 """What each site costs, as a share of a whole dense training step.
 
-The shares of all sites sum to f, the share of a step that can rest at all; the rest of the step (stem, head, norms
-between blocks) is paid whatever rests.
+The shares of all sites sum to f, the share of a step that can rest at all; the rest of the step (stem, head,
+norms between blocks) is paid whatever rests.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def costs(
         UsageError: an unknown kind; no batch.
 
     Estimator:
-        "flops", "memory" and "count" are exact for the batch's shapes. "time" is a measurement: the clock is read
-        where a branch is entered and where its sum is made, forward and backward; branches that run side by
-        side in one block share their time roughly. The optimiser's step is not in it.
+        "flops", "memory" and "count" are exact for the batch's shapes. "time" is a measurement: the clock is
+        read where a branch is entered and where its sum is made, forward and backward; branches that run side
+        by side in one block share their time roughly. The optimiser's step is not in it.
     """
     check_choice("kind", kind, KINDS)
     found = pairs(model, batches, 1, "costs")
@@ -109,7 +109,9 @@ def _memory(taps: Taps, batch: Pair) -> dict[str, float]:
         output = taps.forward(batch[0], decide)
     del output
     if not total:
-        raise UsageError('cost="memory": the forward keeps nothing for a backward; are all parameters frozen?')
+        raise UsageError(
+            'cost="memory": the forward keeps nothing for a backward; are all parameters frozen?'
+        )
     return {name: kept / total for name, kept in by_site.items()}
 
 

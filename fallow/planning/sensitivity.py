@@ -112,9 +112,7 @@ def sensitivities(
     check_rate(survival_rate)
     check_count("draws", draws, 1)
     found = pairs(model, batches, max_batches, "sensitivities")
-    with tapped(
-        model, found[0][0], granularity=granularity, include=include, exclude=exclude
-    ) as taps:
+    with tapped(model, found[0][0], granularity=granularity, include=include, exclude=exclude) as taps:
         return measure(taps, loss_fn, found, reduction, survival_rate, draws, seed)
 
 
@@ -209,8 +207,8 @@ def gate_gradients(
     for name, site in {**missing, **waiting}.items():
         why = "it is not run" if name in missing else "its sum is detached, or the loss does not use it"
         raise SiteError(
-            f"{name}: the gradient of the loss does not reach this site ({why}), so its sensitivity cannot be "
-            f'known: leave it out with exclude="{site}", or let the loss use it'
+            f"{name}: the gradient of the loss does not reach this site ({why}), so its sensitivity cannot "
+            f'be known: leave it out with exclude="{site}", or let the loss use it'
         )
     return found, zero
 

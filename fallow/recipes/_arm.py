@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fallow.data import Dataset
 from fallow.errors import RunError
 from fallow.integrations.loading import load_model
+from fallow.planning import RunningSensitivities
 from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._measure import Stopwatch, mean, median, peak_memory, ratio
@@ -58,6 +59,7 @@ class Arm:
         name: "model" or "twin".
         model: the module.
         handle: of its stochastic depth; None for the twin.
+        running: sensitivities taken from its steps; None where no rates are planned from them.
         epochs: one record an epoch.
         log: for every step: cpu and wall seconds (NaN where something else was measured in it), realised
             depth and share of the dense cost; peak bytes of some steps.
@@ -66,6 +68,7 @@ class Arm:
     def __init__(self, name: str, model: nn.Module, config: Config, sites: int) -> None:
         self.name, self.model, self.config, self.sites = name, model, config, sites
         self.handle: Handle | None = handle_of(model)
+        self.running: RunningSensitivities | None = None
         self.optimiser = optimiser(model, config)
         self.epochs: list[dict[str, Any]] = []
         self.log: dict[str, list[float]] = {key: [] for key in ("cpu", "wall", "depth", "cost", "memory")}
@@ -214,6 +217,7 @@ class Arm:
             "weights": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "handle": None if self.handle is None else self.handle.state_dict(),
+            "running": None if self.running is None else self.running.state_dict(),
             "epochs": self.epochs,
             "log": {key: torch.tensor(values, dtype=torch.float64) for key, values in self.log.items()},
             "sums": self._sums,
@@ -225,6 +229,8 @@ class Arm:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.handle is not None:
             self.handle.load_state_dict(state["handle"])
+        if self.running is not None:
+            self.running.load_state_dict(state["running"])
         self.epochs = list(state["epochs"])
         self.log = {key: values.tolist() for key, values in state["log"].items()}
         self._sums = dict(state["sums"])

@@ -16,6 +16,7 @@ from fallow import rates, schedules
 from fallow.data import NAMES
 from fallow.errors import ArgumentError, UsageError, check_choice, check_count, check_rate, nearest
 from fallow.models import MODELS
+from fallow.planning.allocate import MINIMUM_RATE
 
 PRESETS = ("huang", "adamw")
 # 8x8 images gain little from a second thread, and on a busy machine lose thirtyfold: digits take one.
@@ -40,6 +41,7 @@ _AT_LEAST = {
     "threads": 1,
     "checkpoint_every": 1,
     "train_size": 1,
+    "refresh": 1,
     "seed": 0,
 }
 
@@ -79,6 +81,8 @@ class Config:
     last: float | None = option("Survival rate of the last site (linear).")
     first: float | None = option("Survival rate of the first site (linear, with --last).")
     mean: float | None = option("Mean survival rate over the sites.")
+    refresh: int | None = option("Epochs between new rates of sensemode [an eighth of the run].")
+    minimum_rate: float | None = option("Smallest survival rate that sensemode gives [0.1].")
     mode: str = option("batch: a branch rests for the whole batch; row: for each image.", "batch")
     sampler: str = option(
         "bernoulli: independent draws; exact: the same rates at constant cost.", "bernoulli"
@@ -134,6 +138,7 @@ class Config:
             threads=_or(self.threads, 1 if digits else torch.get_num_threads()),
             device=_device(self.device),
             **_settled_rates(self),
+            **_settled_sensemode(self, epochs),
         )
         _check(full)
         sgd = preset == "huang"
@@ -149,6 +154,8 @@ class Config:
         """The rate rule; of a settled configuration."""
         if isinstance(self.rates, dict):
             return rates.explicit(self.rates)
+        if self.rates == "sensemode":  # where nothing is known yet
+            return rates.uniform(budget=self.budget)
         if self.rates == "uniform":
             return rates.uniform(self.survival_rate, mean=self.mean, budget=self.budget)
         return rates.linear(self.last, first=self.first, mean=self.mean, budget=self.budget)
@@ -192,18 +199,21 @@ def _settled_rates(config: Config) -> dict[str, Any]:
     given = [name for name in numbers if getattr(config, name) is not None]
     for name in given:
         check_rate(getattr(config, name), name=_flag(name))
-    if config.rates not in (None, "linear", "uniform"):
+    if config.rates not in (None, "linear", "uniform", "sensemode"):
         if given:
             raise UsageError(f"--rates from a file gives every rate: leave out {_flag(given[0])}")
         return {"rates": _mapping(config.rates)}
     rule = config.rates or ("uniform" if "survival_rate" in given else "linear")
-    allowed = (
-        ("budget", "mean", "survival_rate") if rule == "uniform" else ("budget", "mean", "last", "first")
-    )
+    allowed = {
+        "uniform": ("budget", "mean", "survival_rate"),
+        "linear": ("budget", "mean", "last", "first"),
+        "sensemode": ("budget",),
+    }[rule]
     for name in given:
         if name not in allowed:
             raise UsageError(
-                f"{_flag(name)} does not go with {rule} rates, which take one of "
+                f"{_flag(name)} does not go with {rule} rates, which take "
+                f"{'one of ' if len(allowed) > 1 else ''}"
                 f"{', '.join(_flag(n) for n in allowed if n != 'first')}"
             )
     if "first" in given and "last" not in given:
@@ -213,6 +223,16 @@ def _settled_rates(config: Config) -> dict[str, Any]:
         both = " and ".join(map(_flag, given))
         raise UsageError(f"{both} cannot go together, each settles the rates alone: pass one of them")
     return {"rates": rule, "budget": config.budget if chosen else 0.75}
+
+
+def _settled_sensemode(config: Config, epochs: int) -> dict[str, Any]:
+    if config.rates != "sensemode":
+        for name in ("refresh", "minimum_rate"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"{_flag(name)} goes with --rates sensemode alone")
+        return {}
+    least = check_rate(_or(config.minimum_rate, MINIMUM_RATE), name="--minimum-rate")
+    return {"refresh": _or(config.refresh, max(epochs // 8, 1)), "minimum_rate": least}
 
 
 def _flag(name: str) -> str:
@@ -225,7 +245,7 @@ def _mapping(source: str | Mapping[str, float] | None) -> dict[str, float]:
     path = Path(str(source)).expanduser()
     if not path.is_file():
         raise UsageError(
-            f"--rates must be linear, uniform or a JSON file, got {source}: there is no such file"
+            f"--rates must be linear, uniform, sensemode or a JSON file, got {source}: there is no such file"
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

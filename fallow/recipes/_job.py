@@ -14,6 +14,7 @@ import torch
 from fallow import data
 from fallow.errors import UsageError
 from fallow.integrations.loading import channels_taken
+from fallow.planning import RunningSensitivities, allocate, from_sensitivities
 from fallow.recipes import _results
 from fallow.recipes._arm import Arm, build, droppable_time
 from fallow.recipes._batches import Batches
@@ -67,6 +68,9 @@ def prepare(config: Config, command: str) -> Job:
         exclude=config.exclude or None,
     )
     arms = [Arm("model", model, config, len(handle.sites))]
+    if config.rates == "sensemode":
+        _refuse_infeasible(handle, config)
+        arms[0].running = RunningSensitivities(handle)
     if twin is not None:
         arms.append(Arm("twin", twin, config, len(handle.sites)))
     assert config.epochs is not None
@@ -74,6 +78,7 @@ def prepare(config: Config, command: str) -> Job:
     results = {
         "provenance": _results.provenance(config, batches, command, _results.now()),
         "budget": _results.budget(handle, config, total, None),
+        "plans": [],
     }
     return Job(config, batches, handle, arms, 0, total, results, {})
 
@@ -84,6 +89,29 @@ def images(config: Config) -> data.Dataset:
         config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
     )
     return dataset.with_channels(channels_taken(config.model, dataset.channels))
+
+
+def _refuse_infeasible(handle: Handle, config: Config) -> None:
+    """Refuse a budget below the smallest rate before the first step, not at the first new plan."""
+    assert config.budget is not None
+    assert config.minimum_rate is not None
+    alike = dict.fromkeys(handle.costs, 1.0)
+    allocate.sensemode(alike, handle.costs, budget=config.budget, minimum_rate=config.minimum_rate)
+
+
+def replan(job: Job, epoch: int) -> None:
+    """New survival rates from the sensitivities that the steps showed, where it is time for them."""
+    config, running = job.config, job.arms[0].running
+    if running is None or not config.refresh or epoch % config.refresh or job.step == job.total:
+        return
+    known = running.update()
+    if known is None:  # a site was not seen yet: the next refresh has more
+        return
+    assert config.budget is not None
+    assert config.minimum_rate is not None
+    plan = from_sensitivities(job.handle.costs, known, budget=config.budget, minimum_rate=config.minimum_rate)
+    job.handle.set_rates(plan)
+    job.results["plans"].append({"epoch": epoch, "rates": dict(plan), "sensitivities": known})
 
 
 def measure(job: Job) -> None:
@@ -106,7 +134,7 @@ def restore(job: Job, state: Mapping[str, Any]) -> None:
     for arm in job.arms:
         arm.load(state["arms"][arm.name])
     job.step = int(state["step"])
-    job.results |= {"budget": state["budget"], "provenance": state["provenance"]}
+    job.results |= {key: state[key] for key in ("budget", "provenance", "plans")}
 
 
 def checkpoint(job: Job, folder: RunFolder) -> None:

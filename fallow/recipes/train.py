@@ -25,6 +25,7 @@ from fallow.recipes._job import (
     images,
     measure,
     prepared,
+    replan,
     restore,
     surroundings,
     write_results,
@@ -148,6 +149,7 @@ def _loop(job: Job, folder: RunFolder, show: Show) -> None:
                 epoch = job.step // batches.per_epoch
                 records = {arm.name: arm.close_epoch(epoch, job.step, rate, batches) for arm in job.arms}
                 show.epoch(records, job.total // batches.per_epoch)
+                replan(job, epoch)
             if asked or job.step % every == 0 or job.step == job.total:
                 checkpoint(job, folder)
             if asked and job.step < job.total:

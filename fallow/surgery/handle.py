@@ -95,7 +95,13 @@ class Handle:
                     f'exclude="{site.name}" or at rate 1, or take mode="batch".'
                 )
         self._decider.rates = asked
-        wanted = {name for name, p in asked.items() if p < 1}
+        self._install()
+        self._decider.forget()
+
+    def _install(self) -> None:
+        """Gates on what can rest, and on every site while the model is observed."""
+        everything = self._decider.observer is not None
+        wanted = {name for name, p in self._decider.rates.items() if p < 1 or everything}
         for name in wanted - self._installed:
             for module, made in self._gates[name]:
                 gate.install(module, made)
@@ -103,7 +109,6 @@ class Handle:
             for module, _ in self._gates[name]:
                 gate.uninstall(module)
         self._installed = wanted
-        self._decider.forget()
 
     @property
     def costs(self) -> dict[str, float]:
@@ -149,7 +154,9 @@ class Handle:
 
         It may set the run's ``watch``. One at a time; None takes it off. Copies are not observed.
         """
+        self._alive()
         self._decider.observer = observer
+        self._install()
 
     # --- contexts --------------------------------------------------------------------------------------
     @contextmanager
