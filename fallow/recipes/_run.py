@@ -33,10 +33,12 @@ class RunFolder:
 
     Attributes:
         path: where it is.
+        again: the command that continues what is in it, for messages.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], again: str | None = None) -> None:
         self.path = Path(path)
+        self.again = again or f"fallow train --resume {self.path}"
 
     def refuse_used(self) -> None:
         """Refuse a folder that holds anything.
@@ -98,7 +100,7 @@ class RunFolder:
     # --- writing -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all; numbers that are not finite become null."""
-        text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
         self._write(name, lambda file: file.write(text.encode()))
 
     def write_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
@@ -139,7 +141,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(
                 f"{self.path / name} could not be written ({error.strerror}): what was written before is "
-                f"whole. Make room there, then continue with fallow train --resume {self.path}"
+                f"whole. Make room there, then continue with {self.again}"
             ) from error
 
     def has_state(self) -> bool:
@@ -198,13 +200,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with numbers that are not finite, which JSON does not know, as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

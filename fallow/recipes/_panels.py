@@ -1,0 +1,88 @@
+"""What is plotted and tabled, as plain data for the results file; means, standard errors, comparisons."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fallow.errors import need
+from fallow.recipes._experiments import Cell
+
+Found = Sequence[tuple[Cell, Mapping[str, Any]]]
+SHOWN = 2.0  # a difference below this many standard errors is called "not shown"
+
+
+def series(
+    name: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    error: Sequence[float | None] | None = None,
+    style: str = "line",
+    label: str = "ours",
+) -> dict[str, Any]:
+    """One curve: `style` line, points, dashed or bars; `label` "ours" or how a reference line is known."""
+    return {"name": name, "x": list(x), "y": list(y), "error": error, "style": style, "label": label}
+
+
+def panel(
+    title: str, x: str, y: str, curves: Sequence[Mapping[str, Any]], *, log: bool = False, note: str = ""
+) -> dict[str, Any]:
+    """One set of axes."""
+    return {"title": title, "x": x, "y": y, "log": log, "note": note, "series": list(curves)}
+
+
+def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> dict[str, Any]:
+    """A table of numbers and words."""
+    return {"caption": caption, "columns": list(columns), "rows": [list(row) for row in rows], "note": note}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for the error of a single value."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def grouped(
+    found: Found, keys: Sequence[str], value: Callable[[Mapping[str, Any]], float | None]
+) -> dict[tuple[Any, ...], dict[int, float]]:
+    """Values by the tags `keys`, and within by seed; a value of None is left out."""
+    groups: dict[tuple[Any, ...], dict[int, float]] = {}
+    for cell, result in found:
+        number = value(result)
+        if number is not None and all(key in cell.tags for key in keys):
+            groups.setdefault(tuple(cell.tags[key] for key in keys), {})[cell.tags["seed"]] = number
+    return groups
+
+
+def compared(first: Mapping[int, float], second: Mapping[int, float]) -> dict[str, Any] | None:
+    """First minus second over the seeds that both have, in pairs.
+
+    Returns:
+        difference: its mean; error: its standard error; apart: how many of them it is from 0; chance: of a
+        mean at least as far out where nothing differs (Student's t, two-sided); seeds: how many pairs. None
+        with less than two pairs.
+
+    Estimator:
+        Pairs share data and initial weights, so what they have in common cancels. With few seeds the standard
+        error is itself uncertain; `chance` counts that in, `apart` does not.
+    """
+    pairs = [first[seed] - second[seed] for seed in sorted(first) if seed in second]
+    if len(pairs) < 2:
+        return None
+    mean, error = mean_and_error(pairs)
+    assert error is not None
+    apart = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    chance = float(2 * need("scipy.stats", "lab").t.sf(abs(apart), len(pairs) - 1))
+    return {"difference": mean, "error": error, "apart": apart, "chance": chance, "seeds": len(pairs)}
+
+
+def verdict(found: Mapping[str, Any] | None, lower: str, higher: str) -> str:
+    """Which of two rules has the smaller error, in words; "not shown" within two standard errors."""
+    if found is None:
+        return "too few seeds"
+    if abs(found["apart"]) < SHOWN:
+        return "not shown"
+    return f"{lower} better" if found["difference"] < 0 else f"{higher} better"
