@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from fallow._version import __version__
+from fallow.cli import _examine
 from fallow.errors import UsageError
 from fallow.recipes import show, train
 from fallow.recipes._config import Config
@@ -127,6 +128,11 @@ def _flag_type(hint: Any) -> Any:
 _train.__signature__ = _train_signature()  # type: ignore[attr-defined]
 _train.__annotations__ = {p.name: p.annotation for p in _train.__signature__.parameters.values()}  # type: ignore[attr-defined]
 app.command("train")(_train)
+
+
+# --- plan, explain ---------------------------------------------------------------------------------------
+
+app.command("plan")(_examine.plan)
 
 
 # --- report, sites ---------------------------------------------------------------------------------------
