@@ -16,8 +16,9 @@ from fallow import rates
 from fallow.errors import ArgumentError, RateError, SiteError, UsageError, check_rate, nearest
 
 MINIMUM_RATE = 0.1
-# `auto`: below this coefficient of variation the blocks count as interchangeable. Measured on trained toys: 0 to
-# 0.13 where blocks are alike, 0.41 to 0.58 where three of twelve matter; at initialisation 0.22 to 0.34 for both.
+# `auto`: below this coefficient of variation the blocks count as interchangeable. Measured on trained toys:
+# 0 to 0.13 where blocks are alike, 0.41 to 0.58 where three of twelve matter; at initialisation both have
+# 0.22 to 0.34.
 SPREAD = 0.3
 # `auto`: below this mean survival rate noise is plentiful, and the budget goes to the blocks that matter.
 SMALL = 0.5
