@@ -9,6 +9,7 @@ Sites are l = 1..L with costs c_l, shares of a whole dense step that sum to at m
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -123,8 +124,7 @@ def sensemode(
             f"sites hold {total:.1%} of a step; the smallest feasible budget is "
             f"{_rounded_up(1.0 - total * (1.0 - minimum))}, or lower minimum_rate"
         )
-    weights = {n: _weight(known[n], costs[n], gamma) for n in costs}
-    return _solve(weights, costs, min(max(wanted, minimum * total), total), minimum)
+    return _solve(_weights(known, costs, gamma), costs, min(max(wanted, minimum * total), total), minimum)
 
 
 def auto(
@@ -245,28 +245,28 @@ def _checked(sensitivities: Mapping[str, float], costs: Mapping[str, float]) -> 
     return {name: float(sensitivities[name]) for name in costs}
 
 
-def _weight(sensitivity: float, cost: float, gamma: float) -> float:
+def _weights(known: Mapping[str, float], costs: Mapping[str, float], gamma: float) -> dict[str, float]:
+    """w_l over the largest finite one; infinite for what is free and need never rest."""
     if gamma == 0:
-        return 1.0
-    if cost == 0:  # free: it need never rest
-        return math.inf
-    return (sensitivity / math.sqrt(cost)) ** gamma
+        return dict.fromkeys(costs, 1.0)
+    most = max(known.values()) or 1.0  # ratios alone count, and they cannot overflow
+    plain = {n: known[n] / most / math.sqrt(c) if c else math.inf for n, c in costs.items()}
+    largest = max((w for w in plain.values() if w < math.inf), default=0.0) or 1.0
+    return {n: w if w == math.inf else (w / largest) ** gamma for n, w in plain.items()}
 
 
 def _solve(
     weights: Mapping[str, float], costs: Mapping[str, float], wanted: float, minimum: float
 ) -> dict[str, float]:
     """``clip(a w_l, minimum, 1)`` with the a for which ``sum c_l p_l = wanted``."""
-    largest = max((w for w in weights.values() if w < math.inf), default=0.0)
-    free = {n for n, w in weights.items() if w == math.inf}
-    scaled = {n: w / largest if largest else 0.0 for n, w in weights.items() if n not in free}
-    alive = [n for n, w in scaled.items() if w > _NOTHING]
-    dead = [n for n in scaled if n not in set(alive)]
+    free = [n for n, w in weights.items() if w == math.inf]
+    alive = [n for n, w in weights.items() if _NOTHING < w < math.inf]
+    dead = [n for n, w in weights.items() if w <= _NOTHING]
     left = wanted - math.fsum(costs[n] for n in free) - minimum * math.fsum(costs[n] for n in dead)
     full = math.fsum(costs[n] for n in alive)
     found = dict.fromkeys(free, 1.0) | dict.fromkeys(dead, minimum) | dict.fromkeys(alive, 1.0)
-    if left < full:
-        found |= _interpolated({n: scaled[n] for n in alive}, costs, left, minimum)
+    if alive and left < full:
+        found |= _interpolated({n: weights[n] for n in alive}, costs, left, minimum)
     elif dead:
         share = (wanted - math.fsum(costs[n] for n in free) - full) / math.fsum(costs[n] for n in dead)
         found |= dict.fromkeys(dead, min(max(share, minimum), 1.0))
@@ -276,25 +276,17 @@ def _solve(
 def _interpolated(
     weights: Mapping[str, float], costs: Mapping[str, float], wanted: float, minimum: float
 ) -> dict[str, float]:
-    """The same for positive weights: walk the breakpoints, then solve the segment the budget lies in."""
-    turns = [(minimum / w, n, True) for n, w in weights.items()]
-    turns += [(1.0 / w, n, False) for n, w in weights.items()]
-    turns.sort(key=lambda turn: turn[0])
-    low, rising, high = set(weights), set[str](), set[str]()
-    value, slope, last = minimum * math.fsum(costs[n] for n in weights), 0.0, 0.0
-    for at, name, enters in turns:
-        if value + slope * (at - last) >= wanted and rising:
-            break
-        value, last = value + slope * (at - last), at
-        if enters:
-            low.discard(name)
-            rising.add(name)
-            slope += costs[name] * weights[name]
-        else:
-            rising.discard(name)
-            high.add(name)
-            slope -= costs[name] * weights[name]
-    # Summed anew: the walk's running sums carry rounding.
+    """The same for positive weights: bisect over the breakpoints, then solve the segment the budget is in."""
+
+    def filled(scale: float) -> float:
+        return math.fsum(costs[n] * min(max(scale * w, minimum), 1.0) for n, w in weights.items())
+
+    # Each filled from scratch: sums carried along the breakpoints would carry rounding over all magnitudes.
+    turns = sorted(turn for w in weights.values() for turn in (minimum / w, 1.0 / w))
+    at = turns[max(bisect_right(turns, wanted, key=filled) - 1, 0)]
+    low = [n for n, w in weights.items() if minimum / w > at]
+    high = [n for n, w in weights.items() if 1.0 / w <= at]
+    rising = [n for n, w in weights.items() if minimum / w <= at < 1.0 / w]
     rest = wanted - math.fsum(costs[n] for n in high) - minimum * math.fsum(costs[n] for n in low)
     scale = rest / math.fsum(costs[n] * weights[n] for n in rising) if rising else 0.0
     found = dict.fromkeys(low, minimum) | dict.fromkeys(high, 1.0)
