@@ -1,4 +1,4 @@
-"""Experiments as data: a paper has items (figures and tables), an item has cells, a cell is one piece of work.
+"""Experiments as data: a paper has items (figures, tables), an item cells, a cell is one piece of work.
 
 A later paper adds a file with a `Paper`; what runs, resumes, gathers and draws is the same for all.
 """

@@ -34,7 +34,9 @@ def panel(
     return {"title": title, "x": x, "y": y, "log": log, "note": note, "series": list(curves)}
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> dict[str, Any]:
+def table(
+    caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = ""
+) -> dict[str, Any]:
     """A table of numbers and words."""
     return {"caption": caption, "columns": list(columns), "rows": [list(row) for row in rows], "note": note}
 

@@ -195,4 +195,3 @@ def _terminable() -> Iterator[None]:
 def expected_minutes(cells: Sequence[Cell], jobs: int) -> float:
     """Minutes that these cells should take side by side: their sum shared, or the longest alone."""
     return max(sum(c.minutes for c in cells) / max(jobs, 1), max((c.minutes for c in cells), default=0.0))
-

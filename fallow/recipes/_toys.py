@@ -1,4 +1,4 @@
-"""Small networks of the paper's kind and their training: the theory's dense residual net, and planted blocks."""
+"""Small networks of the paper's kind and their training: the dense residual net, and planted blocks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class PlantedNet(nn.Module):
 
     def __init__(self, blocks: int, part: int, width: int, draws: torch.Generator) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(PlantedBranch(l, part, blocks, width, draws) for l in range(blocks))
+        self.branches = nn.ModuleList(PlantedBranch(at, part, blocks, width, draws) for at in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, blocks * part) to (n,)."""
@@ -144,7 +144,7 @@ def _task(x: Tensor, clean: Tensor, noise: float, samples: int, draws: torch.Gen
     return Task((x[:samples], noisy), (x[samples:], clean[samples:]))
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------
 
 
 def toy_rates(rule: str, sites: list[str], budget: float) -> dict[str, float]:
@@ -168,7 +168,7 @@ def fit(
     look: Callable[[int, Handle], None] | None = None,
     every: int = 0,
 ) -> Iterator[Handle]:
-    """Train under stochastic depth on all samples at once, one mask a step, Adam; yields the handle at the end.
+    """Train under stochastic depth with Adam, all samples and one mask a step; yields the handle at the end.
 
     Args:
         net: changed in place.
