@@ -45,9 +45,11 @@ def pairs(model: nn.Module, batches: Iterable[Any], limit: int, where: str) -> l
         where: the function that was called, for messages.
 
     Raises:
-        ArgumentError: something else than batches, or a batch that is neither a pair nor a dict.
+        ArgumentError: no module; something else than batches; a batch that is neither a pair nor a dict.
         UsageError: there is none, or one is empty.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
     check_count(f"{where}: max_batches", limit, 1)
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise ArgumentError(
@@ -88,9 +90,12 @@ def loss_of(loss_fn: LossFunction, output: Any, target: Any, where: str) -> Tens
     """The loss, checked: one finite number.
 
     Raises:
+        ArgumentError: the loss function is no function.
         UsageError: it is no tensor, or has more than one element.
         RunError: it is not finite.
     """
+    if not callable(loss_fn):
+        raise ArgumentError(f"{where}: loss_fn must be a function of (output, target), got {loss_fn!r}")
     loss = loss_fn(output, target)
     if not isinstance(loss, Tensor):
         raise UsageError(f"{where}: loss_fn must return a tensor, got {type(loss).__name__}")

@@ -184,7 +184,7 @@ def residual_sum(run: Run, shortcut: Tensor, branch: Rows, onto: Tensor | None, 
         out = rows.add(shortcut, z, run.selection, scale, run.dim)
     if onto is branch and out.dtype != branch.dtype:
         out = out.to(branch.dtype)  # a sum in place has the dtype of what it is written into
-    run.finish(shortcut, z, out)
+    run.finish(shortcut, z * alpha if run.watch is not None and alpha != 1 else z, out)
     return out
 
 
