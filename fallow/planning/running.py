@@ -19,6 +19,7 @@ from fallow.planning.sensitivity import row_products
 from fallow.rows import Selection, take
 from fallow.surgery import Handle
 from fallow.surgery.branch import Run
+from fallow.surgery.decide import world
 from fallow.surgery.draws import Draw
 
 _SITES = 8  # one in so many sites is watched in a step
@@ -68,16 +69,30 @@ class RunningSensitivities:
         self.handle.observe(None)
 
     def update(self) -> dict[str, float] | None:
-        """Take what was seen into the average and return it by site; None while a site was never seen."""
-        for name, seen in self._seen.items():
+        """Take what was seen into the average and return it by site; None while a site was never seen.
+
+        Processes that train together all call it; what each saw is added up, so that they go on alike.
+        """
+        for name, (total, seen) in self._together().items():
             if seen:
-                mean = float(self._sums[name]) / seen
+                mean = total / seen
                 before = self._average.get(name, mean)
                 self._average[name] = self.decay * before + (1 - self.decay) * mean
             self._seen[name], self._sums[name] = 0, 0.0
         if len(self._average) < len(self._seen):
             return None
         return {name: self._average[name] for name in self._seen}
+
+    def _together(self) -> dict[str, tuple[float, float]]:
+        """Sum and rows by site, over all processes."""
+        table = torch.tensor(
+            [(float(self._sums[n]), float(k)) for n, k in self._seen.items()], dtype=torch.float64
+        )
+        if world() > 1:
+            device = next((p.device for p in self.handle.model.parameters()), table.device)
+            table = table.to(device)
+            torch.distributed.all_reduce(table)
+        return {name: (total, seen) for name, (total, seen) in zip(self._seen, table.tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain numbers."""

@@ -10,6 +10,7 @@ from kit import Net, kept
 from torch.nn.parallel import DistributedDataParallel
 
 import fallow
+from fallow.planning import RunningSensitivities, from_sensitivities
 
 WORLD = 2
 
@@ -93,6 +94,29 @@ def trained(rank: int, store: str) -> None:
         assert agreed == {True} if (mode, ranks) == ("batch", "same") else False in agreed, (mode, ranks)
 
 
+def agreed(rank: int, store: str) -> None:
+    """Running sensitivities are of all ranks' samples, and the ranks plan the same rates from them."""
+    start(rank, store)
+    torch.manual_seed(0)
+    model = Net()
+    handle = fallow.apply(model, fallow.rates.uniform(0.6), example=torch.randn(2, 4), grads="zero")
+    running = RunningSensitivities(handle)
+    ours = DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(12):
+        ours(torch.randn(8, 4, generator=generator)).square().mean().backward()
+    own = {name: float(running._sums[name]) / seen for name, seen in running.rows.items()}
+    known = running.update()
+    assert known is not None
+    seen = everywhere(own)
+    assert seen[0] != seen[1], "both ranks saw the same, so nothing is tested"
+    for name, value in known.items():
+        low, high = sorted(s[name] for s in seen)
+        assert low <= value <= high, name
+    plans = everywhere(from_sensitivities(handle.costs, known, budget=0.7).table)
+    assert plans[0] == plans[1]
+
+
 def check_gradients(model: Net, plain: Net, handle: fallow.Handle, x: torch.Tensor) -> None:
     """Against each rank's masked dense model, averaged by hand."""
     plain.zero_grad()
@@ -108,6 +132,7 @@ def check_gradients(model: Net, plain: Net, handle: fallow.Handle, x: torch.Tens
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"refused": refused_in_words, "trained": trained}[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
+    cases = {"refused": refused_in_words, "trained": trained, "agreed": agreed}
+    cases[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
     dist.barrier()
     dist.destroy_process_group()
