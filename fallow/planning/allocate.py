@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fallow import rates
 from fallow.errors import ArgumentError, RateError, SiteError, UsageError, check_rate, nearest
@@ -199,9 +200,13 @@ def spread(sensitivities: Mapping[str, float], errors: Mapping[str, float] | Non
     values = list(sensitivities.values())
     if len(values) < 2 or not any(values):
         return 0.0
+    most = max(values)  # only ratios count, and the squares of these cannot overflow
+    values = [v / most for v in values]
     mean = math.fsum(values) / len(values)
     variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    noise = math.fsum(errors.get(n, 0.0) ** 2 for n in sensitivities) / len(values) if errors else 0.0
+    noise = (
+        math.fsum((errors.get(n, 0.0) / most) ** 2 for n in sensitivities) / len(values) if errors else 0.0
+    )
     return math.sqrt(max(0.0, variance - noise)) / mean
 
 
@@ -217,7 +222,7 @@ def check_costs(costs: Mapping[str, float]) -> dict[str, float]:
     if not costs:
         raise SiteError("there are no sites to give survival rates to")
     for name, cost in costs.items():
-        if not math.isfinite(cost) or cost < 0:
+        if not _is_size(cost):
             raise UsageError(f"{name}: its cost must be a share of a step, at least 0, got {cost!r}")
     total = math.fsum(costs.values())
     if total > 1 + 1e-9:
@@ -240,9 +245,16 @@ def _checked(sensitivities: Mapping[str, float], costs: Mapping[str, float]) -> 
         if name not in sensitivities:
             raise SiteError(f"{name}: has a cost but no sensitivity; give one for each site")
         value = sensitivities[name]
-        if not math.isfinite(value) or value < 0:
+        if not _is_size(value):
             raise UsageError(f"{name}: its sensitivity must be a number of at least 0, got {value!r}")
     return {name: float(sensitivities[name]) for name in costs}
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and value >= 0
+    except TypeError:
+        return False
 
 
 def _weights(known: Mapping[str, float], costs: Mapping[str, float], gamma: float) -> dict[str, float]:

@@ -109,11 +109,12 @@ def _planned(
     seed: int,
 ) -> Plan:
     costs = costing.measure(taps, kind, batches[0], loss_fn)
-    allocate.uniform(costs, budget)  # a budget out of reach is refused before anything is measured
+    alike = allocate.uniform(costs, budget)  # a budget out of reach is refused before anything is measured
     settings = {"reduction": reduction, "minimum_rate": minimum_rate, "gamma": gamma, "seed": seed}
     known = None
     if method in ("auto", "sensemode"):
-        known = sensitivity.measure(taps, loss_fn, batches, reduction, budget, seed=seed)
+        rate = next(iter(alike.values()))
+        known = sensitivity.measure(taps, loss_fn, batches, reduction, rate, seed=seed)
         settings |= {"samples": known.samples, "spread": allocate.spread(known, _finite(known.errors))}
     else:
         settings = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fallow import rates
-from fallow.errors import DataError, check_choice, check_rate
+from fallow.errors import DataError, FallowError, check_choice, check_rate
 from fallow.planning import allocate, cost
 
 SCHEMA = 1
@@ -122,8 +122,9 @@ class Plan(Mapping[str, float]):
         """The plan that `as_dict` gave.
 
         Raises:
-            DataError: it is no plan, or one of a later version.
-            RateError: a rate outside (0, 1].
+            DataError: it is no plan, damaged, or one of a later version.
+            RateError: a rate or the budget outside (0, 1].
+            UsageError: a cost that is no share of a step.
         """
         if not isinstance(given, Mapping) or given.get("kind") != "plan":
             raise DataError('this is no plan: a plan has "kind": "plan", as Plan.save writes it')
@@ -134,6 +135,8 @@ class Plan(Mapping[str, float]):
         try:
             sites = list(given["sites"])
             table = {str(s["name"]): check_rate(s["rate"], str(s["name"])) for s in sites}
+            if len(table) < len(sites):
+                raise DataError("the plan is damaged: it names a site twice")
             costs = allocate.check_costs({str(s["name"]): float(s["cost"]) for s in sites})
             known = {
                 str(s["name"]): float(s["sensitivity"]) for s in sites if s.get("sensitivity") is not None
@@ -142,7 +145,7 @@ class Plan(Mapping[str, float]):
                 table,
                 str(given["method"]),
                 str(given["asked"]),
-                float(given["budget"]),
+                check_rate(given["budget"], name="budget"),
                 check_choice("the plan's cost_kind", given["cost_kind"], cost.KINDS),
                 costs,
                 known,
@@ -150,7 +153,9 @@ class Plan(Mapping[str, float]):
                 dict(given.get("settings", {})),
                 dict(given.get("provenance", {})),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except FallowError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"the plan is damaged: {type(error).__name__} {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
