@@ -52,7 +52,7 @@ def _pickled(path: Path) -> object:
             f"{path} holds more than weights, or none, and is not opened: save model.state_dict() with "
             "torch.save or as .safetensors"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as reason:
+    except Exception as reason:  # unpickling broken bytes may raise anything
         raise DataError(f"{path} cannot be read ({_line(reason)}): restore a copy") from None
 
 

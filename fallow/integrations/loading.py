@@ -61,7 +61,7 @@ def load_model(
     Examples:
         >>> model = load_model("resnet20", classes=10, channels=1, image=8)
         >>> sum(p.numel() for p in model.parameters())
-        271882
+        269434
     """
     run = run_config(name)
     if run is not None:
@@ -96,7 +96,8 @@ def _own(name: str, classes: int, channels: int, image: int | tuple[int, int]) -
         listed = (
             f"{', '.join(models.MODELS)}, {', '.join(s + 'NAME' for s in SOURCES)} or the folder of a run"
         )
-        close = nearest(name, [*models.MODELS, *SOURCES])
+        source, colon, _ = name.partition(":")
+        close = nearest(source + colon, SOURCES if colon else models.MODELS)
         hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"the model must be {listed}, got {name}{hint}")
     return models.build(name, classes=classes, channels=channels, image=image)

@@ -108,7 +108,7 @@ def probe(name: str, source: Source) -> Probe:
         notes.append(f"the images are resized from {_by(chosen.size)} to {_by(size)}")
     found = list(_batches(chosen, _places(chosen, config, source), source.batch_size, size))
     if len(found) < source.batches:
-        notes.append(f"there are images for {len(found)} batches only")
+        notes.append(f"there are images for {len(found)} of the {source.batches} batches")
     model = model.to(_device(source.device))
     _try(model, name, found[0][0])
     return Probe(model, _of_classes, found, tuple(notes), chosen.name, config)
