@@ -110,8 +110,8 @@ def section(name: str, results: dict[str, Any], index: int) -> Section:
     )
 
 
-def render(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """The page of the runs, (name, results) each."""
+def template(name: str) -> Any:
+    """A template of this folder; whatever goes into it is escaped."""
     jinja2 = need("jinja2", "lab")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -120,7 +120,12 @@ def render(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template(name)
+
+
+def render(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The page of the runs, (name, results) each."""
+    return template("page.html.jinja").render(
         sections=[section(name, results, index) for index, (name, results) in enumerate(named)],
         comparison=_tables.compared(named) if len(named) > 1 else None,
         compared_plots=_plots.of_runs(named) if len(named) > 1 else [],
