@@ -1,4 +1,4 @@
-"""One self-contained HTML page from the results of one or several runs.
+"""One self-contained HTML page from the results of one or several runs, or of a reproduced paper.
 
 The page is drawn from `results.json` alone and never re-runs anything. It needs no JavaScript, makes no
 request, follows the reader's light or dark scheme, and has a table beside each plot. The same results give
@@ -22,16 +22,16 @@ __all__ = ["read_results", "write_report"]
 
 RESULTS = "results.json"
 SCHEMA = 1
-KINDS = ("train",)
+KINDS = ("train", "paper")
 # Control characters but tab and newline, lone surrogates, non-characters: no place in XML or UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run.
+    """The results of a run, or of a reproduced paper.
 
     Args:
-        folder: the run's folder, the one `fallow train --out` was given.
+        folder: the run's folder, the one `fallow train --out` was given; or a results file itself.
 
     Returns:
         What `results.json` there holds. Any part may be missing: the run may have failed or be under way.
@@ -39,7 +39,7 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DataError: there are no results there, they are not JSON, or their schema or kind is not known.
     """
-    path = Path(folder) / RESULTS
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / RESULTS
     try:
         results = _printable(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
@@ -91,17 +91,18 @@ def write_report(
     folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write the page of one or several runs.
+    """Write the page of one or several runs, or of one or several reproductions.
 
     Args:
-        folders: the folder of a run, or several of them.
+        folders: the folder of a run, or several of them; or those of reproductions, or their results files.
         out: where to write; a folder gets a `report.html`. Default: `report.html` in the first run's folder.
+            Reproductions also make a page of documentation: a path that ends in `.md`.
 
     Returns:
         The path of the page.
 
     Raises:
-        UsageError: no run is named.
+        UsageError: no run is named; runs and reproductions are named together.
         DataError: a run's results are missing or cannot be understood.
         RunError: the page cannot be written.
         MissingExtra: matplotlib or jinja2 is not installed.
@@ -112,9 +113,18 @@ def write_report(
     paths = [Path(folder) for folder in listed]
     if not paths:
         raise UsageError("A report needs at least one run: name the folder of a run.")
-    page = _page.render([(name, read_results(path)) for name, path in zip(_names(paths), paths, strict=True)])
-    target = Path(out) if out is not None else paths[0]
+    found = [read_results(path) for path in paths]
+    target = Path(out) if out is not None else paths[0].parent if paths[0].is_file() else paths[0]
     target = target / "report.html" if target.is_dir() else target
+    kinds = {results["kind"] for results in found}
+    if len(kinds) > 1:
+        raise UsageError(f"A report is of one kind of results, got {' and '.join(sorted(kinds))}: make two.")
+    if kinds == {"paper"}:
+        from fallow.report import _markdown, _paper
+
+        page = _markdown.render(found) if target.suffix == ".md" else _paper.render(found)
+    else:
+        page = _page.render(list(zip(_names(paths), found, strict=True)))
     try:
         _replace(target, page.encode("utf-8"))
     except OSError as error:

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fallow.errors import need
-from fallow.report import _plots, _tables, _words
-from fallow.report._plots import Plot
-from fallow.report._tables import Table
+from fallow.report import _explanations, _plans, _plots, _tables, _words
+from fallow.report._section import Section, Tile
 from fallow.report._words import get, number
 
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One figure in large type."""
-
-    name: str
-    value: str
-    aside: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """One run on the page."""
-
-    anchor: str
-    name: str
-    status: str
-    warning: str
-    headline: str
-    tiles: tuple[Tile, ...]
-    summary: Table
-    plots: tuple[Plot, ...]
-    notes: tuple[str, ...]
-    details: tuple[Table, ...]
+_SMALL = "Test errors are given with their binomial standard error."
+_PAIRED = (
+    " A ratio compares with the constant-depth twin, step by step; the ideal is what resting would give if "
+    "nothing but the branches' own work counted."
+)
+_FOOT = (
+    "A test error \u00b1 its standard error covers the chance of the test images, not that of another seed."
+)
 
 
 def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
@@ -85,7 +66,12 @@ def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
 
 
 def section(name: str, results: dict[str, Any], index: int) -> Section:
-    """One run's part of the page."""
+    """One document's part of the page."""
+    makers = {"plan": _plans.section, "explanation": _explanations.section}
+    return makers.get(str(results.get("kind")), _of_run)(name, results, index)
+
+
+def _of_run(name: str, results: dict[str, Any], index: int) -> Section:
     provenance = get(results, "provenance")
     provenance = dict(provenance) if isinstance(provenance, dict) else {}
     data = provenance.pop("data", None)
@@ -96,6 +82,7 @@ def section(name: str, results: dict[str, Any], index: int) -> Section:
         _tables.pairs("Data set", data),
         _tables.pairs("Configuration", results.get("config")),
     )
+    summary = _tables.summary(results)
     return Section(
         anchor=f"run-{index + 1}",
         name=name,
@@ -103,10 +90,12 @@ def section(name: str, results: dict[str, Any], index: int) -> Section:
         warning=_words.status_words(results),
         headline=_words.headline(results),
         tiles=tiles(results),
-        summary=_tables.summary(results),
+        summary=summary,
         plots=tuple(_plots.of_run(results, f"run-{index + 1}-")),
         notes=tuple(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
         details=tuple(table for table in details if table.rows),
+        small=_SMALL + (_PAIRED if len(summary.columns) > 2 else ""),
+        foot=_FOOT,
     )
 
 
@@ -124,9 +113,14 @@ def template(name: str) -> Any:
 
 
 def render(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """The page of the runs, (name, results) each."""
+    """The page of several documents of one kind, (name, results) each."""
+    sections = [section(name, results, index) for index, (name, results) in enumerate(named)]
+    compared = len(named) > 1 and all(results.get("kind", "train") == "train" for _, results in named)
     return template("page.html.jinja").render(
-        sections=[section(name, results, index) for index, (name, results) in enumerate(named)],
-        comparison=_tables.compared(named) if len(named) > 1 else None,
-        compared_plots=_plots.of_runs(named) if len(named) > 1 else [],
+        sections=sections,
+        several=len(named) > 1,
+        comparison=_tables.compared(named) if compared else None,
+        compared_plots=_plots.of_runs(named) if compared else [],
+        sources=" and ".join(dict.fromkeys(one.source for one in sections)),
+        feet=list(dict.fromkeys(one.foot for one in sections if one.foot)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,24 @@ def curves(axes: Any, lines: Sequence[Line], title: str, bottom: str) -> None:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(7, integer=True))
     axes.set_title(title + (", log scale" if logarithmic else ""))
     axes.set_xlabel(bottom)
+
+
+def columns(
+    axes: Any, found: Sequence[tuple[int, str, float]], words: Callable[[str, float], str]
+) -> dict[str, str]:
+    """Upright bars, one a site: (place, name, height) each.
+
+    Returns:
+        Their tooltips, as `_svg.draw` takes them.
+    """
+    for place, _, height in found:
+        axes.bar(place, height, width=0.74, color=COLOUR["model"], alpha=0.75)[0].set_gid(f"site-{place}")
+    axes.set_xlim(0.3, max(place for place, _, _ in found) + 0.7)
+    axes.xaxis.set_major_locator(
+        need("matplotlib.ticker", "lab").MaxNLocator(9, integer=True, min_n_ticks=1)
+    )
+    axes.set_xlabel("site, from the input to the output")
+    return {f"site-{place}": words(name, height) for place, name, height in found}
 
 
 Band = tuple[int, int, float, float, float]  # first and last step, mean, least, greatest
