@@ -57,12 +57,14 @@ def growth(found: Found) -> Gathered:
         curves = []
         for cell, r in pick(found, kind=kind):
             name, layers = NAMES[cell.tags["rule"]], list(range(len(r["ours"])))
-            curves.append(series(f"{name}, theory", layers, r["theory"], style="dashed", label="derived"))
-            curves.append(series(name, layers, r["ours"], error=r["errors"], style="points"))
+            curves.append(
+                series(f"{name}, theory", layers, r["theory"], style="dashed", label="derived", group=name)
+            )
+            curves.append(series(name, layers, r["ours"], error=r["errors"], style="points", group=name))
             worst = max(worst, abs(r["rate"] / r["rate_theory"] - 1))
             rows.append(
                 [f"{kind}, {name}", r["rate_theory"], r["rate"], r["rate_error"]]
-                + [r["typical_theory"], r["typical"], r["spread_theory"], r["spread"]]
+                + [r["typical_theory"], r["typical"], r["spread_theory"], round(r["spread"], 9)]
             )
         panels.append(
             panel(
@@ -101,9 +103,11 @@ def law(found: Found) -> Gathered:
         points = [mean_and_error([r["distance"] for _, r in pick(mine, depth=d)]) for d in depths]
         means, errors = [m for m, _ in points], [e for _, e in points]
         distances.append(series(f"{net}, {when}", depths, means, error=errors))
-    panels.append(
-        panel("Distance from Gaussian", "depth L", "Kolmogorov-Smirnov distance", distances, log=True)
-    )
+    depths = values(found, "depth")
+    level, name = 0.886 / math.sqrt(found[0][1]["masks"]), "5 % level of Lilliefors' test"
+    distances.append(series(name, depths, [level] * len(depths), style="dashed", label="lit"))
+    axis = "Kolmogorov-Smirnov distance"
+    panels.append(panel("Distance from Gaussian", "depth L", axis, distances, log=True))
     columns = ["net", "KS distance", "s.e.", "excess kurtosis", "s.e.", "seeds"]
     note = "means over the units of the last layer; masks at one input; s.e. over seeds"
     return gathered(panels, [table("How far from Gaussian", columns, rows, note)], _law_words(found))
@@ -151,7 +155,8 @@ def penalty(found: Found) -> Gathered:
             for key, name, style in (("form", "single blocks", "line"), ("exact", "exact", "dashed")):
                 points = [_look(group, place, key) for place in range(len(steps))]
                 means, errors = [m for m, _ in points], [e for _, e in points]
-                curves.append(series(f"{NAMES[rule]}, {name}", steps, means, error=errors, style=style))
+                words, group_of = f"{NAMES[rule]}, {name}", NAMES[rule]
+                curves.append(series(words, steps, means, error=errors, style=style, group=group_of))
                 ends = [cell for place in (0, -1) for cell in points[place]]
                 rows.append([f"r = {budget:g}, {NAMES[rule]}, {name}", *ends, len(group)])
         title, axis = f"Regularisation over training, r = {budget:g}", "Σ p(1−p) g, mean over samples"

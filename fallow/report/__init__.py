@@ -39,7 +39,7 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DataError: there are no results there, they are not JSON, or their schema or kind is not known.
     """
-    path = Path(folder) if Path(folder).is_file() else Path(folder) / RESULTS
+    path = Path(folder) if Path(folder).suffix == ".json" else Path(folder) / RESULTS
     try:
         results = _printable(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
@@ -114,7 +114,7 @@ def write_report(
     if not paths:
         raise UsageError("A report needs at least one run: name the folder of a run.")
     found = [read_results(path) for path in paths]
-    target = Path(out) if out is not None else paths[0].parent if paths[0].is_file() else paths[0]
+    target = Path(out) if out is not None else paths[0].parent if paths[0].suffix == ".json" else paths[0]
     target = target / "report.html" if target.is_dir() else target
     kinds = {results["kind"] for results in found}
     if len(kinds) > 1:

@@ -151,4 +151,4 @@ def cell(value: Any) -> str:
         return value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value}" if isinstance(value, int) else _words.plain(value, ".3g")
+    return f"{value}" if isinstance(value, int) else _words.plain(value, ".4g")

@@ -64,7 +64,10 @@ def summary(plan: dict[str, Any]) -> Table:
     settings = plan.get("settings")
     asked = plan.get("asked")
     rows = [
-        ("method", method(plan) + (f", chosen by {asked}" if asked not in (None, plan.get("method")) else "")),
+        (
+            "method",
+            method(plan) + (f", chosen by {asked}" if asked not in (None, plan.get("method")) else ""),
+        ),
         ("budget", _words.plain(plan.get("budget"))),
         ("counted in", counted(plan)),
         *((key, str(get(settings, key))) for key in _ASIDE if get(settings, key) is not None),
@@ -132,7 +135,10 @@ def sensitivities(plan: dict[str, Any], prefix: str) -> Plot | None:
 
     name = f"{prefix}sensitivities"
     label = "Sensitivities, site by site, with the square roots of the costs. The numbers are in the table beside."
-    legend = (("bar model", "sensitivity"), *((("line ink", "square root of the cost"),) if dearest > 0 else ()))
+    legend = (
+        ("bar model", "sensitivity"),
+        *((("line ink", "square root of the cost"),) if dearest > 0 else ()),
+    )
     note = (
         "How much the loss depends on a branch, to first order, at the weights that were tried. SenseMode's "
         "rates follow sensitivity over the square root of cost."
@@ -143,7 +149,9 @@ def sensitivities(plan: dict[str, Any], prefix: str) -> Plot | None:
     )
     columns = ("site", "name", "sensitivity", "share of the largest")
     drawing = _svg.draw(name, label, paint)
-    return Plot(name, "Sensitivities", note, drawing, legend, Table("Sensitivity of every site", columns, rows))
+    return Plot(
+        name, "Sensitivities", note, drawing, legend, Table("Sensitivity of every site", columns, rows)
+    )
 
 
 def _of(plan: dict[str, Any], key: str) -> list[tuple[int, str, float]]:

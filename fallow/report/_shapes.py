@@ -73,9 +73,7 @@ def columns(
     for place, _, height in found:
         axes.bar(place, height, width=0.74, color=COLOUR["model"], alpha=0.75)[0].set_gid(f"site-{place}")
     axes.set_xlim(0.3, max(place for place, _, _ in found) + 0.7)
-    axes.xaxis.set_major_locator(
-        need("matplotlib.ticker", "lab").MaxNLocator(9, integer=True, min_n_ticks=1)
-    )
+    axes.xaxis.set_major_locator(need("matplotlib.ticker", "lab").MaxNLocator(9, integer=True, min_n_ticks=1))
     axes.set_xlabel("site, from the input to the output")
     return {f"site-{place}": words(name, height) for place, name, height in found}
 
