@@ -22,9 +22,21 @@ def series(
     error: Sequence[float | None] | None = None,
     style: str = "line",
     label: str = "ours",
+    group: str = "",
 ) -> dict[str, Any]:
-    """One curve: `style` line, points, dashed or bars; `label` "ours" or how a reference line is known."""
-    return {"name": name, "x": list(x), "y": list(y), "error": error, "style": style, "label": label}
+    """One curve.
+
+    Args:
+        name: for the legend.
+        x: places.
+        y: values.
+        error: standard errors.
+        style: "line", "points", "dashed" or "steps" (a histogram by its middles).
+        label: "ours", or how a reference line is known.
+        group: curves of one group have one colour.
+    """
+    found = {"name": name, "x": list(x), "y": list(y), "error": error, "style": style, "label": label}
+    return {**found, "group": group or name}
 
 
 def panel(
