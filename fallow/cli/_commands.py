@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from fallow._version import __version__
-from fallow.cli import _examine
+from fallow.cli import _examine, _shelf
 from fallow.errors import UsageError
 from fallow.recipes import show, train
 from fallow.recipes._config import Config
@@ -133,6 +133,7 @@ app.command("train")(_train)
 # --- plan, explain ---------------------------------------------------------------------------------------
 
 app.command("plan")(_examine.plan)
+app.command("reproduce")(_shelf.reproduce)
 
 
 # --- report, sites ---------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def reproduce(
     home = home_of(chosen.name, scale) if out is None else Path(out)
     _refuse(chosen, scale, home, force)
     where = None if data_dir is None else str(data_dir)
-    _need_data([cell for cell in cells if not _is_done(cell, home)], where)
+    _need_data(chosen, [cell for cell in cells if not _is_done(cell, home)], where)
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
     try:
         outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
@@ -193,15 +193,23 @@ def _results_in(home: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _need_data(cells: Sequence[Cell], data_dir: str | None) -> None:
+def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> None:
     """Read every image set once before anything runs, so that a missing one costs no time."""
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
+    missing: dict[str, DataError] = {}
     for name in sorted({cell.data for cell in cells if cell.data}):
         try:
             data.load(name, data_dir)
         except DataError as error:
-            raise DataError(f"{error} Items that need no images run with --only.") from None
+            missing[name] = error
+    if not missing:
+        return
+    first, *others = missing
+    also = f" Missing too: {', '.join(others)}." if others else ""
+    able = [item.name for item in paper.items if not any(c.data for cs in item.cells.values() for c in cs)]
+    without = f" Without images run: --only {', --only '.join(able)}." if able else ""
+    raise DataError(f"{missing[first]}{also}{without}")
 
 
 # --- results ------------------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""The command `reproduce`: it parses, calls the shelf and prints what there is."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fallow.errors import RunError, UsageError, need
+from fallow.recipes import _progress, shelf, show
+from fallow.recipes._experiments import SCALES
+from fallow.report import write_report
+
+_SHOWN = 3  # failed cells that the closing error names
+
+
+def reproduce(
+    context: typer.Context,
+    paper: Annotated[str | None, typer.Argument(help="A paper on the shelf; none: list them all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Only this item (figure or table); may be repeated.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help=f"{', '.join(SCALES)} [tiny].", show_default=False)
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", help="Runs at once, one thread each [one a core].", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder [runs/PAPER-SCALE].", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Folder that holds the image sets.", show_default=False)
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on without the GPU that a scale wants.", show_default=False)
+    ] = False,
+    note: Annotated[
+        list[str] | None, typer.Option("--note", help="A sentence kept with the results; may be repeated.")
+    ] = None,
+) -> None:
+    """Reproduce a paper's figures and tables; what is done is never run again.
+
+    Without a paper: everything there is, with its command, expected time and the state of its last run.
+    """
+    console = show.console()
+    if paper is None:
+        given = {"--only": only, "--scale": scale, "--out": out, "--data-dir": data_dir, "--force": force}
+        for name, value in given.items():
+            if value:
+                raise UsageError(f"{name} goes with a paper: fallow reproduce PAPER {name} ...")
+        _print_list(console)
+        return
+    scale = scale or SCALES[0]
+    chosen = shelf.paper_of(paper)
+    items = chosen.chosen(only or (), scale)
+    names = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
+    watcher = _progress.Table(console, names) if console.is_terminal else _progress.Lines(_line)
+    done = shelf.reproduce(
+        chosen,
+        scale=scale,
+        only=only or (),
+        jobs=jobs,
+        out=out,
+        data_dir=data_dir,
+        force=force,
+        watcher=watcher,
+        command=shlex.join(context.obj),
+        remarks=note or (),
+    )
+    _line(f"results {done.folder / 'results.json'}")
+    page = write_report(done.folder)
+    if done.failed:
+        words = "; ".join(f"{cell.name}: {cell.message}" for cell in done.failed[:_SHOWN])
+        raise RunError(f"{len(done.failed)} cells failed ({words}); the rest is in {page}")
+    _line(f"report  {page}")
+
+
+def _print_list(console: Any) -> None:
+    """Every item of every paper, a block a paper and scale."""
+    table_of, box = need("rich.table", "lab").Table, need("rich.box", "lab").SIMPLE_HEAD
+    found = shelf.entries()
+    for paper, scale in dict.fromkeys((entry.paper, entry.scale) for entry in found):
+        about = shelf.PAPERS[paper].scales[scale]
+        title = f"{paper}: {shelf.PAPERS[paper].title}\nfallow reproduce {paper} --scale {scale}"
+        console.print(title, highlight=False, markup=False, soft_wrap=True)
+        console.print(about.takes or about.about, highlight=False, markup=False, soft_wrap=True)
+        table = table_of(box=box, pad_edge=False)
+        for heading in ("--only", "what", "two cores", "state"):
+            table.add_column(heading, no_wrap=heading != "what")
+        for entry in found:
+            if (entry.paper, entry.scale) == (paper, scale):
+                time = "for a GPU" if about.takes else show.duration(60 * entry.minutes)
+                table.add_row(entry.item, entry.title, time, entry.state)
+        console.print(table, highlight=False, markup=False)
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
