@@ -22,16 +22,17 @@ __all__ = ["read_results", "write_report"]
 
 RESULTS = "results.json"
 SCHEMA = 1
-KINDS = ("train", "paper")
+KINDS = ("train", "plan", "explanation", "paper")
+_ALONE = {"plan", "explanation"}  # kinds whose page stands beside their file, under its name
 # Control characters but tab and newline, lone surrogates, non-characters: no place in XML or UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run, or of a reproduced paper.
+    """The results of a run or of a reproduced paper, a plan or an explanation.
 
     Args:
-        folder: the run's folder, the one `fallow train --out` was given; or a results file itself.
+        folder: the run's folder, the one `fallow train --out` was given; or a .json file itself.
 
     Returns:
         What `results.json` there holds. Any part may be missing: the run may have failed or be under way.
@@ -43,6 +44,10 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         results = _printable(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
+        if path == Path(folder):
+            raise DataError(
+                f"there is no file {folder}: name a file of results, or a run's folder."
+            ) from None
         what = f"holds no {RESULTS}" if path.parent.is_dir() else "is not a folder"
         raise DataError(
             f"{folder} {what}: name the folder of a run, the one that fallow train --out was "
@@ -91,18 +96,20 @@ def write_report(
     folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write the page of one or several runs, or of one or several reproductions.
+    """Write the page of one or several runs, plans, explanations or reproductions.
 
     Args:
-        folders: the folder of a run, or several of them; or those of reproductions, or their results files.
-        out: where to write; a folder gets a `report.html`. Default: `report.html` in the first run's folder.
+        folders: the folder of a run, or several of them; or those of reproductions, or their results files;
+            or the files of plans, or of explanations.
+        out: where to write; a folder gets a `report.html`. Default: `report.html` in the first run's folder,
+            of a plan or an explanation a page of its file's name beside it.
             Reproductions also make a page of documentation: a path that ends in `.md`.
 
     Returns:
         The path of the page.
 
     Raises:
-        UsageError: no run is named; runs and reproductions are named together.
+        UsageError: no run is named; several kinds are named together.
         DataError: a run's results are missing or cannot be understood.
         RunError: the page cannot be written.
         MissingExtra: matplotlib or jinja2 is not installed.
@@ -114,9 +121,11 @@ def write_report(
     if not paths:
         raise UsageError("A report needs at least one run: name the folder of a run.")
     found = [read_results(path) for path in paths]
-    target = Path(out) if out is not None else paths[0].parent if paths[0].suffix == ".json" else paths[0]
-    target = target / "report.html" if target.is_dir() else target
     kinds = {results["kind"] for results in found}
+    beside = paths[0].parent if paths[0].suffix == ".json" else paths[0]
+    beside = paths[0].with_suffix(".html") if kinds <= _ALONE and beside != paths[0] else beside
+    target = Path(out) if out is not None else beside
+    target = target / "report.html" if target.is_dir() else target
     if len(kinds) > 1:
         raise UsageError(f"A report is of one kind of results, got {' and '.join(sorted(kinds))}: make two.")
     if kinds == {"paper"}:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fallow.errors import need
 from fallow.report import _shapes, _svg, _tables, _words
 from fallow.report._section import Section, Tile
 from fallow.report._shapes import Plot
@@ -39,8 +38,8 @@ def headline(plan: dict[str, Any]) -> str:
     cost = number(plan.get("expected_cost"))
     share = "" if cost is None else f" an expected {cost:.2f} of the dense step's {counted(plan)},"
     return (
-        f"{words[0].upper()}{words[1:]}:{share} {sum(rates):.1f} of {len(rates)} sites at work in a step, rates "
-        f"from {min(rates):.2f} to {max(rates):.2f}."
+        f"{words[0].upper()}{words[1:]}:{share} {sum(rates):.1f} of {len(rates)} sites at work in a step, "
+        f"rates from {min(rates):.2f} to {max(rates):.2f}."
     )
 
 
@@ -134,7 +133,7 @@ def sensitivities(plan: dict[str, Any], prefix: str) -> Plot | None:
         return tips
 
     name = f"{prefix}sensitivities"
-    label = "Sensitivities, site by site, with the square roots of the costs. The numbers are in the table beside."
+    label = "Sensitivities and square roots of costs, site by site. The numbers are in the table beside."
     legend = (
         ("bar model", "sensitivity"),
         *((("line ink", "square root of the cost"),) if dearest > 0 else ()),
