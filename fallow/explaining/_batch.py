@@ -79,8 +79,9 @@ class Trial:
             first: samples before this batch.
             number: batches before it.
         """
-        rows = rows_of(inputs)
-        curvature = recognise(loss, self.generator)
+        rows, curvature = rows_of(inputs), recognise(loss, self.generator)
+        if not self.noise.active:
+            return _without_noise(rows, curvature, loss)
         kept, conditional = Draws(self.effort.draws, loss.full), {n: [] for n in self.noise.active}
         for draw in range(self.effort.draws):
             masks = self.noise.draw(draw, first if self.noise.mode == "row" else number, rows)
@@ -142,9 +143,8 @@ class Trial:
         for name, values in conditional.items():
             forms[name], errors[name] = mean_and_error(values)
         found.forms["monte_carlo"], found.errors["monte_carlo"] = forms, errors
-        if conditional:
-            by_draw = [math.fsum(values) for values in zip(*conditional.values(), strict=True)]
-            found.sum_error = mean_and_error(by_draw)[1]
+        by_draw = [math.fsum(values) for values in zip(*conditional.values(), strict=True)]
+        found.sum_error = mean_and_error(by_draw)[1]
 
     def _fill_left_out(self, found: Measured, loss: OutputLoss, inputs: Any, mean: Point) -> None:
         """The forms of the leave-one-out output y(1_l): one forward a site, and one more for "train"."""
@@ -166,9 +166,6 @@ class Trial:
 
     def _fill_linearised(self, found: Measured, loss: OutputLoss, inputs: Any, single: bool) -> None:
         """Curvature along every branch at once; also finds sites that the loss's gradient does not reach."""
-        if not self.noise.active:
-            found.forms["linearised"] = {}
-            return
         with reached(self.taps, inputs, loss, self.noise.active) as pull:
             if found.curvature.kind not in ("cross_entropy", "quadratic") or not self.effort.label_draws:
                 if found.curvature.kind == "linear":
@@ -189,6 +186,13 @@ class Trial:
             forms[name] = half * (math.fsum(values) if exact else mean)
             errors[name] = 0.0 if exact else half * error
         found.forms["linearised"], found.errors["linearised"] = forms, errors
+
+
+def _without_noise(rows: int, curvature: Curvature, loss: OutputLoss) -> Measured:
+    value = loss.value(loss.full)
+    losses = {**dict.fromkeys(("full", "noisy", "evaluation", "mean_output"), value), "noisy_error": 0.0}
+    forms: dict[str, dict[str, float]] = {form: {} for form in FORMS}
+    return Measured(rows, curvature, losses, Estimate(0.0, 0.0, 0.0), forms, scalars=loss.scalars)
 
 
 def _one_position(point: Point, found: Measured) -> bool:

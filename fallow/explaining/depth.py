@@ -117,8 +117,8 @@ def explain(
     chosen = {"granularity": granularity, "include": patterns(include), "exclude": patterns(exclude)}
     with torch.inference_mode(False), tapped(model, found[0][0], **chosen) as taps:
         asked = rules.resolve(_within(rates, chosen, taps), taps.costs)
-        generator = torch.Generator(device=_device(found)).manual_seed(seed & (2**63 - 1))
         losses = on_trial(taps, loss_fn, found[0])
+        generator = torch.Generator(device=losses.full[0].device).manual_seed(seed & (2**63 - 1))
         dims = _batch_dims(taps, found[0][0], losses)
         noise = Noise(asked, scale, _mode(mode, taps, dims), seed)
         trial = Trial(taps, noise, effort, generator)
@@ -166,11 +166,6 @@ def _within(rates: Rates, chosen: Mapping[str, Any], taps: Taps) -> Rates:
         return chosen["include"] is None or any(fnmatchcase(name, p) for p in chosen["include"])
 
     return {name: p for name, p in rates.items() if wanted(str(name))}
-
-
-def _device(found: list[Any]) -> torch.device:
-    first = next((t for t in tree_leaves(found) if isinstance(t, torch.Tensor)), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _batch_dims(taps: Taps, inputs: Any, loss: OutputLoss) -> list[int | None]:
