@@ -133,6 +133,7 @@ app.command("train")(_train)
 # --- plan, explain ---------------------------------------------------------------------------------------
 
 app.command("plan")(_examine.plan)
+app.command("explain")(_examine.explain)
 app.command("reproduce")(_shelf.reproduce)
 
 
@@ -141,10 +142,10 @@ app.command("reproduce")(_shelf.reproduce)
 
 @app.command("report")
 def _report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or .json files.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option("--out", help="File or folder [the first run's].")] = None,
 ) -> None:
-    """Draw the page of one or several runs from their results; nothing is run again."""
+    """Draw the page of runs, plans or explanations from their files; nothing is run again."""
     print(write_report(runs, out))
 
 

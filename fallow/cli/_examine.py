@@ -22,6 +22,15 @@ Model = Annotated[
         metavar="MODEL|RUN",
     ),
 ]
+Granularity = Annotated[
+    str | None, typer.Option("--granularity", help="What rests together: branch or block [branch].")
+]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", help="Only sites that match; may be repeated.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Leave out sites that match; may be repeated.")
+]
 Data = Annotated[
     str | None,
     typer.Option("--data", help=f"{', '.join(NAMES)}; tokens for language models [digits; the run's]."),
@@ -74,15 +83,9 @@ def plan(
             "--reduction", help=f"Of sensitivities: {_text(sensitivity.REDUCTIONS)}", show_default=False
         ),
     ] = "absolute",
-    granularity: Annotated[
-        str | None, typer.Option("--granularity", help="What rests together: branch or block [branch].")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", help="Only sites that match; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="Leave out sites that match; may be repeated.")
-    ] = None,
+    granularity: Granularity = None,
+    include: Include = None,
+    exclude: Exclude = None,
     data: Data = None,
     data_dir: DataDir = None,
     resize: Resize = None,
@@ -102,16 +105,7 @@ def plan(
     Writes plan.json, which fallow train --rates and fallow.Plan.load take.
     """
     target = examine.file_to_write(out, "plan")
-    source = examine.Source(
-        data=data,
-        data_dir=data_dir,
-        resize=resize,
-        batches=batches,
-        batch_size=batch_size,
-        weights=weights,
-        device=device,
-        seed=seed,
-    )
+    source = _source(data, data_dir, resize, batches, batch_size, weights, device, seed)
     with on_threads(threads):
         made = examine.plan_of(
             model,
@@ -129,6 +123,89 @@ def plan(
     made.save(target)
     print(made)
     _say_where("plan", target, html)
+
+
+def explain(
+    model: Model,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="linear, uniform, a plan.json, or a JSON file [the run's].")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Expected share of a dense step's FLOPs, for a rule.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="train or eval [the run's, else train].")
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Masks of all sites [64].", show_default=False)] = 64,
+    site_draws: Annotated[
+        int, typer.Option("--site-draws", help="Masks of the others for each site [4].", show_default=False)
+    ] = 4,
+    label_draws: Annotated[
+        int, typer.Option("--label-draws", help="Labels for the linearised form [64].", show_default=False)
+    ] = 64,
+    granularity: Granularity = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    resize: Resize = None,
+    batches: Batches = 4,
+    batch_size: BatchSize = 32,
+    weights: Weights = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="File of it, or its folder [explanation.json].", show_default=False),
+    ] = Path("explanation.json"),
+    html: Page = None,
+    threads: Threads = None,
+) -> None:
+    """Say what stochastic depth penalises, site by site: exact forms beside a Monte Carlo estimate.
+
+    Takes the rates and the scale of a run; for a model by name pass --rates or --budget.
+    """
+    target = examine.file_to_write(out, "explanation")
+    source = _source(data, data_dir, resize, batches, batch_size, weights, device, seed)
+    with on_threads(threads):
+        found = examine.explanation_of(
+            model,
+            source,
+            rates=rates,
+            budget=budget,
+            scale=scale,
+            draws=draws,
+            site_draws=site_draws,
+            label_draws=label_draws,
+            granularity=granularity,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+        )
+    examine.write_explanation(found, target)
+    print(found)
+    _say_where("result", target, html)
+
+
+def _source(
+    data: str | None,
+    data_dir: str | None,
+    resize: int | None,
+    batches: int,
+    batch_size: int,
+    weights: str | None,
+    device: str,
+    seed: int,
+) -> examine.Source:
+    return examine.Source(
+        data=data,
+        data_dir=data_dir,
+        resize=resize,
+        batches=batches,
+        batch_size=batch_size,
+        weights=weights,
+        device=device,
+        seed=seed,
+    )
 
 
 def _say_where(kind: str, target: Path, html: Path | None) -> None:

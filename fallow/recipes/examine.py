@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from fallow.errors import DataError, UsageError, check_rate
+from fallow.explaining._result import Explanation
+from fallow.explaining.depth import explain
+from fallow.integrations.loading import run_config
 from fallow.planning import Plan, plan
+from fallow.recipes._config import Config
 from fallow.recipes._probe import Probe, Source, probe
-from fallow.recipes._run import RESULTS
+from fallow.recipes._run import RESULTS, RunFolder
 
-__all__ = ["Source", "file_to_write", "plan_of", "rates_of"]
+__all__ = ["Source", "explanation_of", "file_to_write", "plan_of", "rates_of", "write_explanation"]
+
+_SITES = ("granularity", "include", "exclude")  # what says which sites there are
 
 
 def plan_of(name: str, source: Source, *, budget: float, **options: Any) -> Plan:
@@ -73,11 +79,93 @@ def _listed(value: Any) -> Any:
 def _sites_as_in(found: Probe, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options; where they are silent, the run's own choice of sites."""
     chosen = dict(options)
-    for key in ("granularity", "include", "exclude"):
+    for key in _SITES:
         said = chosen.pop(key, None) or (getattr(found.run, key) if found.run is not None else None)
         if said:
             chosen[key] = said
     return chosen
+
+
+# --- explanations ------------------------------------------------------------------------------------------
+
+
+def explanation_of(
+    name: str,
+    source: Source,
+    *,
+    rates: str | None = None,
+    budget: float | None = None,
+    scale: str | None = None,
+    **options: Any,
+) -> Explanation:
+    """What stochastic depth penalises in the model of a name, or of a run's folder.
+
+    Args:
+        name: as in `fallow.integrations.loading.load_model`.
+        source: its batches.
+        rates: "linear", "uniform", or a file of rates or of a plan. Default: those of the run, else linear
+            ones that meet the budget.
+        budget: expected share of a dense step, for a rule of rates.
+        scale: "train" or "eval". Default: the run's, else "train".
+        **options: of `fallow.explain`.
+
+    Raises:
+        UsageError: no run, and no rates; FallowError: as in `probe` and `fallow.explain`.
+    """
+    taken = _rates(name, rates, budget)
+    said = {key: options.pop(key) for key in _SITES if key in options}
+    planned = _choice_of_plan(rates) if rates else {}
+    chosen = planned | {key: value for key, value in said.items() if value}
+    found = probe(name, source)
+    made = explain(
+        found.model,
+        found.loss_fn,
+        found.batches,
+        rates=taken,
+        scale=scale or (found.run.scale if found.run is not None else None),
+        max_batches=len(found.batches),
+        seed=source.seed,
+        **options,
+        **_sites_as_in(found, chosen),
+    )
+    about = {"rates": rates or ("of the run" if found.run is not None and budget is None else "linear")}
+    about |= {} if budget is None else {"budget": budget}
+    settings = made.settings | about | _settings(name, found, source)
+    return replace(made, notes=(*made.notes, *found.notes), settings=settings)
+
+
+def _rates(name: str, rates: str | None, budget: float | None) -> Any:
+    """A rule of rates, or a mapping."""
+    if rates is None and budget is None:
+        if run_config(name) is None:
+            raise UsageError(
+                f"{name} is no run, so the rates must be said: pass --rates plan.json (of fallow plan), or "
+                "--budget for linear ones"
+            )
+        return rates_of(name)
+    if rates == "sensemode":
+        raise UsageError(
+            "--rates sensemode needs a plan: make one with fallow plan --method sensemode, and pass its file"
+        )
+    return Config(rates=rates, budget=budget).settled().rule()
+
+
+def _choice_of_plan(file: str) -> dict[str, Any]:
+    """The granularity and the patterns of sites that a plan was made with."""
+    try:
+        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))["settings"]
+        return {key: settings[key] for key in _SITES if settings.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_explanation(found: Explanation, target: Path) -> None:
+    """Write it as JSON, whole or not at all.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    RunFolder(target.parent, "fallow explain").write_json(target.name, found.as_dict())
 
 
 # --- rates -------------------------------------------------------------------------------------------------
