@@ -259,7 +259,10 @@ def _left_out(taps: Taps, loss_fn: LossFunction, batches: list[Pair]) -> Sensiti
                 changes[site.name].append(abs(change))
                 if change:
                     silent.discard(site.name)
-    table = {name: _reduced(torch.tensor(values), "signed") for name, values in changes.items()}
+    table = {
+        name: _reduced(torch.tensor(values, dtype=torch.float64), "signed")
+        for name, values in changes.items()
+    }
     samples = sum(rows_of(inputs) for inputs, _ in batches)
     values, errors = {n: v for n, (v, _) in table.items()}, {n: e for n, (_, e) in table.items()}
     return Sensitivities(values, errors, samples, "leave_one_out", tuple(n for n in values if n in silent))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, SiteError, nearest
+from fallow.errors import ArgumentError, SiteError, check_choice, nearest
 from fallow.feed import call_model
 from fallow.surgery import probe
 from fallow.surgery.branch import BranchState, Run
@@ -103,9 +103,11 @@ def tapped(
     Raises:
         SiteError: it has no site that can rest; a pattern matches none.
         ArgumentError: it is no module.
+        UsageError: an unknown granularity.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_choice("granularity", granularity, ("branch", "block"))
     handle = handle_of(model)
     own = handle is None
     if handle is None:
