@@ -7,7 +7,7 @@ from typing import Any
 from fallow.errors import need
 from fallow.report import _shapes, _svg, _tables, _words
 from fallow.report._section import Section, Tile
-from fallow.report._shapes import Plot
+from fallow.report._shapes import Bar, Plot
 from fallow.report._svg import COLOUR
 from fallow.report._tables import Table
 from fallow.report._words import get, number, records
@@ -20,6 +20,7 @@ FORMS = {
     "alone": ("alone", "run-5"),
 }
 MONTE_CARLO = "Monte Carlo"
+TITLES = {**{form: title for form, (title, _) in FORMS.items()}, "monte_carlo": MONTE_CARLO}
 
 
 def headline(found: dict[str, Any]) -> str:
@@ -30,16 +31,21 @@ def headline(found: dict[str, Any]) -> str:
         return "What stochastic depth penalises was not measured."
     error = _words.plain(get(totals, "regulariser_error"), ".2g")
     share = f", {100 * penalty / noisy:.1f}\u00a0% of the loss under noise" if noisy else ""
-    off = [FORMS[form][0] for form in FORMS if get(totals, "verdicts", form) == "off"]
-    held = [FORMS[form][0] for form in FORMS if get(totals, "verdicts", form) == "holds"]
-    words = [
-        f"{' and '.join(names)} {say}" for names, say in ((held, "agreeing"), (off, "being off")) if names
-    ]
-    forms = f"; the sum over single sites stands for it with {', '.join(words)}" if words else ""
     return (
         f"Stochastic depth adds {_words.plain(penalty, '.4g')} \u00b1 {error} to the loss of the mean output"
-        f"{share}{forms}."
+        f"{share}{_forms_in_words(totals)}."
     )
+
+
+def _forms_in_words(totals: Any) -> str:
+    """Which forms of single sites stand for the penalty, and which do not."""
+    said = []
+    for verdict, does in (("holds", "add"), ("off", "do not add")):
+        names = [title for form, (title, _) in FORMS.items() if get(totals, "verdicts", form) == verdict]
+        if names:
+            listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+            said.append(f"; the sites' {listed} forms {does} up to it")
+    return "".join(said)
 
 
 def tiles(found: dict[str, Any]) -> tuple[Tile, ...]:
@@ -66,7 +72,6 @@ def _beside(totals: Any) -> str:
 def summary(found: dict[str, Any]) -> Table:
     """The sums over sites beside the penalty they stand for."""
     totals = get(found, "totals")
-    named = {**{form: title for form, (title, _) in FORMS.items()}, "monte_carlo": MONTE_CARLO}
     rows = [
         (
             f"sum over sites, {title}",
@@ -76,7 +81,7 @@ def summary(found: dict[str, Any]) -> Table:
             _words.plain(get(totals, "ratios", form), ".3g"),
             _said(get(totals, "verdicts", form)),
         )
-        for form, title in named.items()
+        for form, title in TITLES.items()
         if number(get(totals, "sums", form)) is not None
     ]
     penalty = _with_error(get(totals, "regulariser"), get(totals, "regulariser_error"))
@@ -144,6 +149,33 @@ def penalties(found: dict[str, Any], prefix: str) -> Plot | None:
     return Plot(name, "Penalty by site", note, _svg.draw(name, label, paint), tuple(legend), sites(found))
 
 
+def sums(found: dict[str, Any], prefix: str) -> Plot | None:
+    """The sums over the sites as ratios to the penalty that they stand for."""
+    totals = get(found, "totals")
+    penalty, error = number(get(totals, "regulariser")), number(get(totals, "sum_error"))
+    bars: list[Bar] = []
+    for form, title in TITLES.items():
+        ratio = number(get(totals, "ratios", form))
+        if ratio is not None:
+            spread = error / penalty if form == "monte_carlo" and error is not None and penalty else None
+            low, high = (None, None) if spread is None else (ratio - spread, ratio + spread)
+            bars.append((title, ratio, low, high, None))
+    if not bars:
+        return None
+    colours = [dict(FORMS.values()).get(title, "model") for title, *_ in bars]
+    name = f"{prefix}sums"
+    drawing = _svg.draw(
+        name,
+        "Sums over the sites as ratios to the penalty measured. The numbers are in the table beside.",
+        lambda axes: _shapes.bars(axes, bars, colours, "ratio to the penalty"),
+        height=44 + 44 * len(bars),
+    )
+    note = "The penalty is measured with all sites drawn together; each sum takes the sites one by one."
+    legend = [("line twin", "the penalty")]
+    legend += [("whisker ink", "one standard error")] if any(bar[2] is not None for bar in bars) else []
+    return Plot(name, "Sums over the sites", note, drawing, tuple(legend), summary(found))
+
+
 def _paint(
     axes: Any,
     drawn: list[tuple[int, str, float, float | None]],
@@ -171,7 +203,7 @@ def _paint(
 
 def section(name: str, found: dict[str, Any], index: int) -> Section:
     """One explanation's part of the page."""
-    notes, plot = found.get("notes"), penalties(found, f"run-{index + 1}-")
+    notes, prefix = found.get("notes"), f"run-{index + 1}-"
     details = (
         _tables.pairs("Totals", found.get("totals")),
         _tables.pairs("Settings", found.get("settings")),
@@ -185,7 +217,7 @@ def section(name: str, found: dict[str, Any], index: int) -> Section:
         headline=headline(found),
         tiles=tiles(found),
         summary=summary(found),
-        plots=(plot,) if plot is not None else (),
+        plots=tuple(plot for make in (penalties, sums) if (plot := make(found, prefix)) is not None),
         notes=tuple(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
         details=tuple(table for table in details if table.rows),
         small="Standard errors are over the masks drawn, given the samples.",

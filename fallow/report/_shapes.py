@@ -82,8 +82,10 @@ Band = tuple[int, int, float, float, float]  # first and last step, mean, least,
 Bar = tuple[str, float, float | None, float | None, float | None]
 
 
-def bars(axes: Any, rows: Sequence[Bar], colours: Sequence[str]) -> None:
-    """Horizontal bars with intervals, the ideal of each and constant depth at 1."""
+def bars(
+    axes: Any, rows: Sequence[Bar], colours: Sequence[str], bottom: str = "ratio to constant depth"
+) -> None:
+    """Horizontal bars with intervals, the ideal of each, and a line at 1, what they are ratios to."""
     for place, ((name, value, low, high, ideal), colour) in enumerate(zip(rows, colours, strict=True)):
         y = -place
         axes.barh(y, value, height=0.46, color=COLOUR[colour], alpha=0.8)
@@ -101,7 +103,7 @@ def bars(axes: Any, rows: Sequence[Bar], colours: Sequence[str]) -> None:
     axes.set_ylim(-len(rows) + 0.45, 0.85)
     axes.set_yticks([])
     axes.grid(True, axis="x")
-    axes.set_xlabel("ratio to constant depth")
+    axes.set_xlabel(bottom)
 
 
 def bar_legend(rows: Sequence[Bar]) -> tuple[tuple[str, str], ...]:
