@@ -349,8 +349,9 @@ def law_over_masks(
         on = growth.draw_masks(list(asked.values()), masks, generator)
         divisor = torch.tensor(list(asked.values()) if scale == "train" else [1.0] * len(asked))
         samples = torch.cat([read(part) for part in (on / divisor).split(rows)])
+        _check_varies(samples, site or "the output")
         full = read(torch.cat([torch.ones(1, len(asked)), 1 - torch.eye(len(asked))]))
-    zeta = full[:1] - full[1:]
+    zeta = (full[:1] - full[1:]).double()
     return gaussian_limit(samples, predicted=noise_covariance(zeta, asked, scale=scale).diagonal().sqrt())
 
 
@@ -393,9 +394,19 @@ def _reader(
             raise UsageError(
                 f"law_over_masks: {site or 'the output'} has no floating tensor with one row a mask"
             )
-        return _chosen(seen[-1], units).double().cpu()
+        return _chosen(seen[-1], units).cpu()
 
     return read
+
+
+def _check_varies(samples: Tensor, where: str) -> None:
+    """Refuse a law of nothing but rounding."""
+    rounding = 32 * torch.finfo(samples.dtype).eps * samples.abs().amax(0)
+    if bool((samples.amax(0) - samples.amin(0) <= rounding).all()):
+        raise UsageError(
+            f"law_over_masks: no mask changes {where} by more than rounding: the sites with a rate below 1 "
+            "lie behind it, or their branches give nothing (a last layer or layer scale still near zero?)"
+        )
 
 
 def _by_row(leaf: Any, rows: int) -> bool:

@@ -839,6 +839,7 @@ class SignalGrowth:
         draws: of the masks.
         forward: mean square of an element of the residual sum.
         backward: squared norm of the loss gradient with respect to the residual sum.
+        silent: branches that give exact zeros (a norm initialised at zero), where noise does nothing.
         warnings: in words, where they apply.
     """
 
@@ -848,6 +849,7 @@ class SignalGrowth:
     draws: int
     forward: Measured
     backward: Measured
+    silent: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -945,7 +947,10 @@ def signal_growth(
     backward = _measured(dense.backward[::-1], [r.backward[::-1] for r in noisy], reverse=True)
     whole = include is None and exclude is None  # else the model may have more sites than are counted here
     warnings = _warnings(len(costs) if whole else SHALLOW, by_branch, scale, forward, backward)
-    return SignalGrowth(names, by_branch, scale, draws, forward, backward, warnings)
+    silent = tuple(n for n in names if n not in dense.active)
+    if silent:
+        warnings = (_silence(silent), *warnings)
+    return SignalGrowth(names, by_branch, scale, draws, forward, backward, silent, warnings)
 
 
 def _as_in_training(model: nn.Module, data: list[Any]) -> None:
@@ -995,6 +1000,7 @@ class _Recorder:
         self.moments: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.grads: dict[str, float] = {}
+        self.active: set[str] = set()  # branches seen to give something other than zeros
 
     def over(self, data: list[Any], masks: _Masks | None) -> _Recorder:
         """Run every batch, each with masks of its own."""
@@ -1021,6 +1027,11 @@ class _Recorder:
                     "detached, or a head still at zero?), or leave the site out with exclude="
                 )
         self.forward = [self.moments[n] / self.counts[n] for n in ("", *names)]
+        if not 0 < self.forward[0] < math.inf:
+            raise RunError(
+                f"{self.first}: the mean square of its shortcut is {self.forward[0]:g}: growth is not "
+                "defined there; check weights and inputs"
+            )
         self.backward = [self.grads.get(n) or math.nan for n in ("", *names)]
         return self
 
@@ -1032,6 +1043,8 @@ class _Recorder:
 
         def watch(run: Run, shortcut: Tensor, value: Tensor | None, out: Tensor) -> None:
             name = run.branch.name
+            if name not in self.active and value is not None and bool(value.detach().any()):
+                self.active.add(name)
             if name == self.first and shortcut is not out:
                 self._see("", shortcut)
             elif name == self.first and value is not None:  # a sum in place: the shortcut is gone
@@ -1062,7 +1075,7 @@ def _square(values: Tensor) -> float:
 def _with_gradient(leaf: Any) -> Any:
     """Floats ask for a gradient, so that it reaches the first shortcut even where that is the input."""
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().clone().requires_grad_()
+        return leaf.detach().requires_grad_().clone()  # no leaf: the model may write into it
     return leaf
 
 
@@ -1102,12 +1115,16 @@ def _warnings(
             f"{sites} {'site' if sites == 1 else 'sites'}: stochastic depth mostly hurts networks this "
             "shallow (reports of 3 and 4 blocks are all worse than without it); leave it to deeper ones",
         )
+    sides = {"signals": forward, "gradients": backward}
+    # Without norms and scaling both grow alike (D8); behind a norm signals do not, and gradients may.
+    if scale == "eval" or not all(_compounds(side.dense) for side in sides.values()):
+        return ()
     root = 1 / len(rates)
     found = [
         f"{name} {side.noisy_total:.3g} against {side.dense_total:.3g}, "
         f"{side.noisy_total**root:.3g} against {side.dense_total**root:.3g} a branch"
-        for name, side in (("signals", forward), ("gradients", backward))
-        if scale == "train" and _compounds(side.dense) and side.log_excess > 3 * side.excess_error
+        for name, side in sides.items()
+        if side.log_excess > 3 * side.excess_error
     ]
     if not found:
         return ()
@@ -1115,6 +1132,15 @@ def _warnings(
         f'scale="train" makes second moments grow faster over {len(rates)} branches than no noise at all '
         f"({'; '.join(found)}): the branches are neither normalised nor scaled down. Normalise, scale them "
         'by 1/sqrt(depth), or take scale="eval"',
+    )
+
+
+def _silence(names: Sequence[str]) -> str:
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    said = "this branch gives" if len(names) == 1 else "these branches give"
+    return (
+        f"{some}: {said} exact zeros (a last layer initialised at zero?), so that growth says nothing yet: "
+        "measure again after some training"
     )
 
 

@@ -348,12 +348,22 @@ def test_an_applied_model_has_its_own_rates_and_scale():
         ({"units": [99]}, UsageError, "units must be numbers from 0 to"),
         ({"scale": "test"}, UsageError, "scale must be"),
         ({"inputs": torch.randn(0, 3, 5)}, UsageError, "no rows"),
-        ({"site": "blocks.0", "rates": {"blocks.3": 0.5}}, UsageError, "does not vary"),
+        ({"site": "blocks.0", "rates": {"blocks.3": 0.5}}, UsageError, "no mask changes blocks.0"),
     ],
 )
 def test_what_has_no_law_is_refused_in_words(options, error, words):
     with pytest.raises(error, match=words):
         law_over_masks(Toy(), **{"inputs": torch.randn(2, 3, 5), "masks": 30, **options})
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_branches_that_give_next_to_nothing_have_no_law(size):
+    model = Logits()
+    for block in model.blocks:
+        block[1] = nn.Linear(5, 5, bias=False)
+        nn.init.constant_(block[1].weight, size)
+    with pytest.raises(UsageError, match="no mask changes the output by more than rounding"):
+        law_over_masks(model, 1 + torch.rand(2, 3, 5), masks=30)
 
 
 def test_an_output_without_rows_is_refused():

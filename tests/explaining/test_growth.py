@@ -436,6 +436,7 @@ class Toy(nn.Module):
     def __init__(self, depth: int, width: int = 48, kind: str = "vanilla", in_place: bool = False) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(6, width), nn.Linear(width, 3)
+        self.post = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth)) if kind == "post" else None
         norms = [[nn.BatchNorm1d(width)] if kind == "batchnorm" else [] for _ in range(depth)]
         self.blocks = nn.ModuleList(
             nn.Sequential(*norm, nn.ReLU(), nn.Linear(width, width, bias=False)) for norm in norms
@@ -446,13 +447,15 @@ class Toy(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.in_place:
-                x = x.clone() if block is not self.blocks[0] else x
+                x = x.clone() if i else x
                 z = self.s * block(x)
                 x += z
             else:
                 x = x + self.s * block(x)
+            if self.post is not None:  # signals are held at one size, gradients are not
+                x = 1.5 * self.post[i](x)
         return self.head(x)
 
 
@@ -519,6 +522,7 @@ def test_growth_with_noise_is_the_mean_over_all_masks(scale):
         ("scaled", 12, 0.5, "train", None),
         ("batchnorm", 8, 0.5, "train", None),
         ("batchnorm", 20, 0.9, "train", None),
+        ("post", 12, 0.5, "train", None),
         ("vanilla", 5, 0.5, "train", "5 sites: stochastic depth mostly hurts"),
         ("scaled", 7, 0.9, "eval", "7 sites"),
         ("scaled", 8, 0.9, "eval", None),
@@ -537,6 +541,30 @@ def test_warnings_appear_where_they_should_and_nowhere_else(kind, depth, rate, s
             f"{found.backward.noisy_total:.3g} against {found.backward.dense_total:.3g}" in found.warnings[0]
         )
         assert found.warnings[0] in str(found)
+
+
+def test_growth_of_gradients_alone_is_that_of_norms_and_no_cause_to_warn():
+    def side(factor):
+        whole = factor**10
+        return growth.Measured((factor,) * 10, (), (), whole, 3 * whole, 0.1, 1.0, 0.01)
+
+    def said(forward, backward, scale="train"):
+        return len(growth._warnings(10, [0.5] * 10, scale, side(forward), side(backward)))
+
+    assert said(2.0, 2.0) == 1
+    assert said(1.0, 2.0) == said(2.0, 1.0) == said(1.1, 1.1) == said(2.0, 2.0, "eval") == 0
+
+
+def test_branches_that_give_zeros_are_named():
+    model = Toy(9, kind="scaled")
+    nn.init.zeros_(model.blocks[4][-1].weight)
+    found = signal_growth(model, F.cross_entropy, [batch()], draws=2)
+    assert found.silent == ("blocks.4",) and found.forward.dense[4] == found.forward.noisy[4] == 1
+    assert [text[:9] for text in found.warnings] == ["blocks.4:"] and "this branch gives" in str(found)
+    for block in model.blocks:
+        nn.init.zeros_(block[-1].weight)
+    found = signal_growth(model, F.cross_entropy, [batch()], draws=2)
+    assert len(found.silent) == 9 and "and 6 more: these branches give" in found.warnings[0]
 
 
 def test_a_part_of_the_sites_does_not_make_a_network_shallow():
@@ -628,6 +656,14 @@ def zero_head():
     return model
 
 
+def silent_stem():
+    model = Toy(3, kind="batchnorm")
+    nn.init.zeros_(model.stem.weight)
+    nn.init.zeros_(model.stem.bias)
+    nn.init.ones_(model.blocks[0][0].bias)
+    return model
+
+
 def huge():
     model = Toy(3)
     nn.init.constant_(model.stem.weight, 1e20)
@@ -640,6 +676,7 @@ def huge():
         (lambda: Cut(4), F.cross_entropy, [batch()], {}, SiteError, "blocks.0: no gradient reaches"),
         (zero_head, F.cross_entropy, [batch()], {}, SiteError, "blocks.0: a gradient of zero"),
         (huge, lambda o, t: o.tanh().sum(), [batch()], {}, RunError, "sum is inf"),
+        (silent_stem, F.cross_entropy, [batch()], {}, RunError, "mean square of its"),
         (lambda: Toy(3), F.cross_entropy, [], {}, UsageError, "batches is empty"),
         (lambda: Toy(3), F.cross_entropy, batch()[0], {}, ArgumentError, "batches must be"),
         (lambda: Toy(3), lambda o, t: o, [batch()], {}, UsageError, "must return one number"),
