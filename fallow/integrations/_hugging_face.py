@@ -44,7 +44,8 @@ def read_config(source: str) -> Any:
     path = Path(source).expanduser()
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".json"):
         try:
-            return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            with _quietly():
+                return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a file that is no configuration may lead to
             raise UsageError(f"{path} holds no configuration of transformers ({_line(error)})") from None
     kinds = _kinds()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fallow import data as sets
 from fallow.data import Dataset, augment
-from fallow.errors import FallowError, UsageError, check_count
+from fallow.errors import FallowError, RunError, UsageError, check_count
 from fallow.feed import call_model
 from fallow.integrations.loading import channels_taken, inputs_taken, load_model, run_config, side_taken
 from fallow.recipes._batches import generator, seed_of
@@ -152,12 +152,12 @@ def _batches(
 
 
 def _try(model: nn.Module, name: str, inputs: Tensor) -> None:
-    """One small forward: whether the model takes images of this size."""
+    """One small forward: whether the model takes images of this size, and gives numbers."""
     was = model.training
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with torch.no_grad():
-            call_model(model.eval(), inputs[:2].to(device))
+            output = _logits(call_model(model.eval(), inputs[:2].to(device)))
     except FallowError:
         raise
     except Exception as error:  # whatever a model says of images of the wrong size
@@ -167,6 +167,8 @@ def _try(model: nn.Module, name: str, inputs: Tensor) -> None:
         ) from None
     finally:
         model.train(was)
+    if not bool(torch.isfinite(output).all()):
+        raise RunError(f"the output of {name} is not finite: its weights are of no use, take others")
 
 
 def _of_classes(output: Any, target: Tensor) -> Tensor:
