@@ -1,0 +1,166 @@
+"""`fallow explain`: of a run with its own rates, of a model by name with those that are said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_calls import Call, caller, refused
+
+import fallow
+from fallow.explaining.depth import explain
+from fallow.recipes import examine
+from fallow.recipes._probe import Source, probe
+
+FEW = ["--batches", "1", "--batch-size", "6", "--draws", "8", "--site-draws", "2", "--threads", "1"]
+TRAIN = ["--train-size", "60", "--epochs", "1", "--batch-size", "20", "--threads", "1", "--no-twin"]
+SITES = ["group1.0", "group2.0", "group3.0"]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    return caller(capsys, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def run(call: Call) -> str:
+    """The folder of a small run, with rates of its own and Huang's scale."""
+    Path("rates.json").write_text(json.dumps({"group1.0": 0.9, "group3.0": 0.6}))
+    call("train", "--model", "resnet8", "--rates", "rates.json", "--scale", "eval", "--out", "run", *TRAIN)
+    return "run"
+
+
+def found() -> dict:
+    return json.loads(Path("explanation.json").read_text())
+
+
+def rates() -> dict[str, float]:
+    return {site["name"]: site["rate"] for site in found()["sites"]}
+
+
+# --- what it does ----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_explained_with_its_own_rates_and_scale(call: Call, run: str):
+    code, out, err = call("explain", run, *FEW)
+    assert (code, err) == (0, "")
+    assert "penalty R = E loss - loss(mean output)" in out and "Monte Carlo" in out and "group3.0" in out
+    assert out.splitlines()[-1].split() == ["result", "explanation.json"]
+    assert {name: rate for name, rate in rates().items() if rate < 1} == {"group1.0": 0.9, "group3.0": 0.6}
+    assert (found()["kind"], found()["scale"], found()["loss"]) == ("explanation", "eval", "cross_entropy")
+    assert (found()["settings"]["model"], found()["settings"]["rates"]) == ("run", "of the run")
+
+
+def test_the_explanation_is_that_of_the_library(call: Call, run: str):
+    out = call("explain", run, *FEW)[1]
+    tried = probe(run, Source(batches=1, batch_size=6))
+    want = explain(
+        tried.model,
+        tried.loss_fn,
+        tried.batches,
+        rates={"group1.0": 0.9, "group3.0": 0.6},
+        scale="eval",
+        draws=8,
+        site_draws=2,
+    )
+    assert found()["totals"] == want.as_dict()["totals"]
+    assert str(want).splitlines()[1] in out
+
+
+def test_other_rates_and_another_scale_may_be_said(call: Call, run: str):
+    assert call("explain", run, "--rates", "uniform", "--budget", 0.8, "--scale", "train", *FEW)[0] == 0
+    assert found()["scale"] == "train" and len(set(rates().values())) == 1
+    assert found()["settings"]["budget"] == 0.8
+
+
+def test_a_model_by_name_takes_linear_rates_for_a_budget(call: Call):
+    assert call("explain", "resnet8", "--budget", 0.7, *FEW)[0] == 0
+    tried = probe("resnet8", Source(batches=1, batch_size=2))
+    sites = fallow.sites(tried.model, tried.batches[0][0])
+    want = fallow.rates.linear(budget=0.7)({site.name: site.cost for site in sites})
+    assert rates() == pytest.approx(dict(want))
+
+
+def test_a_plan_brings_its_rates_and_its_sites(call: Call):
+    plan = ["--budget", 0.8, "--exclude", "group2.*", "--granularity", "block", "--batches", 1]
+    assert call("plan", "resnet8", *plan, "--threads", 1)[0] == 0
+    assert call("explain", "resnet8", "--rates", "plan.json", *FEW)[0] == 0
+    assert rates() == dict(fallow.Plan.load("plan.json"))
+    assert found()["settings"]["rates"] == "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["--draws", 9], {"draws": 9}),
+        (["--site-draws", 0], {"site_draws": 0}),
+        (["--label-draws", 0], {"label_draws": 0}),
+        (["--granularity", "block"], {"granularity": "block"}),
+        (["--include", "group1.*"], {"include": ("group1.*",)}),
+        (["--exclude", "group1.*"], {"exclude": ("group1.*",)}),
+        (["--seed", 3], {"seed": 3}),
+    ],
+)
+def test_every_option_reaches_its_place(
+    call: Call, monkeypatch: pytest.MonkeyPatch, flags: list, asked: dict
+):
+    seen: dict = {}
+
+    def stop(*_: object, **options: object) -> None:
+        seen.update(options)
+        raise fallow.RunError("seen")
+
+    monkeypatch.setattr(examine, "explain", stop)
+    few = [] if flags[0] in FEW else ["--batches", 1]
+    assert call("explain", "resnet8", "--budget", 0.7, *flags, *few)[0] == 1
+    assert asked.items() <= seen.items()
+
+
+def test_a_page_comes_with_it_and_report_takes_the_file(call: Call):
+    code, out, _ = call("explain", "resnet8", "--budget", 0.7, "--html", "page.html", *FEW)
+    assert code == 0 and out.splitlines()[-1].split() == ["page", "page.html"]
+    assert 'id="run-1-penalties"' in Path("page.html").read_text()
+    assert call("report", "explanation.json") == (0, "explanation.html\n", "")
+
+
+def test_the_same_call_gives_the_same_explanation(call: Call):
+    call("explain", "resnet8", "--budget", 0.7, *FEW)
+    first = Path("explanation.json").read_bytes()
+    call("explain", "resnet8", "--budget", 0.7, *FEW)
+    assert Path("explanation.json").read_bytes() == first
+
+
+# --- what cannot be --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "MODEL"),
+        (["resnet8"], "is no run, so the rates must be said: pass --rates plan.json"),
+        (["nowhere"], "is no run"),
+        (["nowhere", "--budget", "0.7"], "the folder of a run"),
+        (["resnet8", "--budget", "2"], "--budget must be in (0, 1]"),
+        (["resnet8", "--rates", "sensemode"], "make one with fallow plan --method sensemode"),
+        (["resnet8", "--rates", "nowhere.json"], "there is no such file"),
+        (["resnet8", "--rates", "something.json", "--budget", "0.7"], "leave out --budget"),
+        (["resnet8", "--rates", "something.json"], "kind"),
+        (["resnet8", "--budget", "0.7", "--scale", "both"], 'scale must be "train" or "eval"'),
+        (["resnet8", "--budget", "0.7", "--draws", "1"], "draws must be an integer of at least 2"),
+        (["resnet8", "--budget", "0.7", "--site-draws", "1"], "site_draws"),
+        (["resnet8", "--budget", "0.7", "--exclude", "nosuch"], "nosuch"),
+        (["resnet8", "--budget", "0.7", "--out", "something.json"], "is no explanation"),
+    ],
+)
+def test_bad_usage_is_one_paragraph(call: Call, arguments: list[str], words: str):
+    Path("something.json").write_text('{"kind": "train"}')
+    assert words in refused(call, "explain", *arguments, "--batches", 1, "--batch-size", 4)
+    assert [path.name for path in Path().iterdir()] == ["something.json"]
+
+
+def test_a_run_without_results_says_how_it_gets_them(call: Call, run: str):
+    Path("run/results.json").write_text('{"sites": [{}]}')
+    assert "does not hold the run's rates (KeyError)" in refused(call, "explain", run)
+    Path("run/results.json").unlink()
+    assert "--resume run" in refused(call, "explain", run)
