@@ -9,10 +9,12 @@ from typing import Any
 from fallow.recipes._experiments import Cell
 from fallow.recipes._hayou_cells import final_rates
 from fallow.recipes._panels import (
+    CHANCE,
     SHOWN,
     Found,
     compared,
     grouped,
+    is_shown,
     mean_and_error,
     panel,
     series,
@@ -181,7 +183,7 @@ def _penalty_words(found: Found, budget: float, place: int) -> str:
         return f"r = {budget:g}, {when}: too few seeds to compare."
     larger = "Uniform's" if result["difference"] > 0 else "Linear's"
     how = f"{abs(result['apart']):.1f} standard errors over {result['seeds']} seeds"
-    if abs(result["apart"]) < SHOWN:
+    if not is_shown(result):
         return f"r = {budget:g}, {when}: no difference of the exact terms is shown ({how})."
     return f"r = {budget:g}, {when}: {larger} exact term is the larger ({how})."
 
@@ -226,16 +228,16 @@ def _planted_words(task: str, budget: float, group: Found) -> str:
     others = [p for _, r in group for i, p in enumerate(final_rates(r)) if i not in r["relevant"]]
     return (
         f"{task}, budget {budget:g}: the planted blocks got {sum(relevant) / len(relevant):.2f} on average, "
-        f"the others {sum(others) / len(others):.2f}; in {hits} of {len(group)} seeds the {number} highest "
-        f"rates are exactly theirs."
+        f"the others {sum(others) / len(others):.2f}; in {hits} of {len(group)} seeds no other block got a "
+        f"higher rate than any of the {number}."
     )
 
 
 def _found(result: Mapping[str, Any]) -> bool:
-    """Whether every planted block got a higher rate than every other one."""
+    """Whether no other block got a higher rate than a planted one; both may be at 1."""
     rates, relevant = final_rates(result), result["relevant"]
     others = [rate for place, rate in enumerate(rates) if place not in relevant]
-    return min(rates[place] for place in relevant) > max(others)
+    return min(rates[place] for place in relevant) >= max(others)
 
 
 # --- F5 ---------------------------------------------------------------------------------------------------
@@ -361,7 +363,8 @@ def hypothesis(found: Found) -> Gathered:
         f"Uniform, at large ones (here from {LARGE:g}) Uniform beats SenseMode and Linear; the bounds are "
         "ours.",
         f"Of {tested} comparisons on which it speaks, {counts['as it says']} come out as it says, "
-        f"{counts['against it']} against it, {counts['not shown']} are within {SHOWN:g} standard errors.",
+        f"{counts['against it']} against it, {counts['not shown']} are not shown to be either: within "
+        f"{SHOWN:g} standard errors, or with a chance above {CHANCE:.0%} to be that far apart for nothing.",
         *_against(rows),
     ]
     return gathered([], [table("Budget Hypothesis", [*columns], rows, note)], said)
@@ -372,7 +375,7 @@ def judge(rule: str, budget: float, result: Mapping[str, Any]) -> str:
     expected = -1 if rule == "sensemode" and budget < SMALL else 1 if budget >= LARGE else 0
     if not expected:
         return "says nothing"
-    if abs(result["apart"]) < SHOWN:
+    if not is_shown(result):
         return "not shown"
     return "as it says" if result["difference"] * expected > 0 else "against it"
 

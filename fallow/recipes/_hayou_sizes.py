@@ -46,18 +46,18 @@ _HUANG = {"preset": "huang", "scale": "eval", "mode": "batch", "batch_size": 64}
 SIZES = {
     "tiny": Size(
         growth={"depth": 50, "width": 256, "draws": 8, "masks": 256},
-        law={"width": 128, "masks": 2048, "steps": 150, "seeds": 2, **_DEPTHS},
-        penalty={"budgets": (0.75,), "seeds": 3, "steps": 300, "looks": 6, "masks": 128},
+        law={"width": 128, "masks": 2048, "steps": 150, "seeds": 3, **_DEPTHS},
+        penalty={"budgets": (0.75,), "seeds": 4, "steps": 300, "looks": 6, "masks": 128},
         toys={"teacher": 400, "planted": 600},
         toy_budgets=(0.3, 0.5, 0.75, 0.9),
         toy_seeds=4,
         images=(
             Images(
                 "digits, ResNet-20",
-                {**_HUANG, "data": "digits", "model": "resnet20", "epochs": 8},
+                {**_HUANG, "data": "digits", "model": "resnet20", "epochs": 12},
                 (0.3, 0.6, 0.9),
-                3,
-                0.08,
+                4,
+                0.12,
             ),
         ),
     ),

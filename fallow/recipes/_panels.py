@@ -11,7 +11,9 @@ from fallow.errors import need
 from fallow.recipes._experiments import Cell
 
 Found = Sequence[tuple[Cell, Mapping[str, Any]]]
-SHOWN = 2.0  # a difference below this many standard errors is called "not shown"
+# A difference is called "not shown" within this many standard errors, and where a difference as large has more
+# than this chance though nothing differs: with few seeds two standard errors alone are met too easily.
+SHOWN, CHANCE = 2.0, 0.05
 
 
 def series(
@@ -93,10 +95,15 @@ def compared(first: Mapping[int, float], second: Mapping[int, float]) -> dict[st
     return {"difference": mean, "error": error, "apart": apart, "chance": chance, "seeds": len(pairs)}
 
 
+def is_shown(found: Mapping[str, Any]) -> bool:
+    """Whether a comparison shows a difference, by `SHOWN` and `CHANCE`."""
+    return abs(found["apart"]) >= SHOWN and found["chance"] <= CHANCE
+
+
 def verdict(found: Mapping[str, Any] | None, lower: str, higher: str) -> str:
-    """Which of two rules has the smaller error, in words; "not shown" within two standard errors."""
+    """Which of two rules has the smaller error, in words; or that none is shown to have it."""
     if found is None:
         return "too few seeds"
-    if abs(found["apart"]) < SHOWN:
+    if not is_shown(found):
         return "not shown"
     return f"{lower} better" if found["difference"] < 0 else f"{higher} better"

@@ -18,7 +18,7 @@ _IMAGE_SETUP = (
 )
 _FEW = {
     "tiny": (
-        "Far too small to tell small differences of errors apart: digits, eight epochs, three seeds, 360 "
+        "Far too small to tell small differences of errors apart: digits, twelve epochs, four seeds, 360 "
         "test images.",
     ),
     "small": ("Subsets of 5,000 images, a few epochs, three seeds: the paper trains on all of CIFAR.",),
@@ -126,7 +126,7 @@ PAPER = Paper(
     ),
     scales={
         "tiny": Scale(
-            "Toys of 12 to 16 blocks and digits with ResNet-20; 2 to 4 seeds; a few minutes on two cores."
+            "Toys of 12 to 16 blocks and digits with ResNet-20; 3 to 4 seeds; a few minutes on two cores."
         ),
         "small": Scale(
             "Longer toys with 6 seeds; digits with ResNet-56, 5,000 images of Fashion-MNIST with ResNet-20 "
