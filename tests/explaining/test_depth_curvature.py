@@ -231,23 +231,27 @@ def test_drawn_labels_agree_with_the_exact_sum_within_five_percent_at_400_draws(
 class Tokens(Net):
     """Mixes the tokens once, so that several positions of a sample see each branch."""
 
+    flat = False
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i == 3:
                 x = x + x.roll(1, 1)
-        return self.head(x)
+        x = self.head(x)
+        return x.flatten(0, 1) if self.flat else x
 
 
-def test_positions_of_one_sample_are_drawn_each_for_itself():
+@pytest.mark.parametrize("flat", [False, True])
+def test_positions_of_one_sample_are_drawn_each_for_itself(flat):
     """A sum over classes common to all positions would add their products."""
     torch.manual_seed(0)
     net, x = Tokens(3), torch.randn(32, 3, 4, dtype=torch.float64)
     target = torch.randint(0, 3, (32, 3))
 
     def loss(o: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(o.flatten(0, 1), t.flatten())
+        return F.cross_entropy(o.reshape(-1, 3), t.flatten())
 
     def gated(row: Tensor, gates: Tensor) -> Tensor:
         h = net.stem(row)
@@ -260,6 +264,7 @@ def test_positions_of_one_sample_are_drawn_each_for_itself():
     one = torch.ones(LENGTH, dtype=torch.float64)
     j = torch.func.vmap(lambda row: torch.func.jacrev(lambda g: gated(row, g))(one))(x)
     pi = net(x).softmax(-1)[..., None].detach()
+    net.flat = flat
     expected = ((pi * j**2).sum(2) - (pi * j).sum(2) ** 2).mean((0, 1)).detach()
     found = explain(net, loss, [(x, target)], rates=RATES, draws=2, site_draws=0, label_draws=400)
     assert found.loss_kind == "cross_entropy"
