@@ -129,8 +129,8 @@ PAPER = Paper(
             "Toys of 12 to 16 blocks and digits with ResNet-20; 3 to 4 seeds; a few minutes on two cores."
         ),
         "small": Scale(
-            "Longer toys with 6 seeds; digits with ResNet-56, 5,000 images of Fashion-MNIST with ResNet-20 "
-            "and of CIFAR-10 with ResNet-32, 3 seeds; about an hour on two cores."
+            "Longer toys with 6 seeds; digits with ResNet-56, 5,000 images each of Fashion-MNIST "
+            "and CIFAR-10 with ResNet-20, 3 seeds; about an hour on two cores."
         ),
         "full": Scale(
             "ResNet-56 and ResNet-110 on CIFAR-10 and CIFAR-100, 164 epochs, batch 64, SGD with the learning "
