@@ -11,8 +11,8 @@ from fallow.errors import need
 from fallow.recipes._experiments import Cell
 
 Found = Sequence[tuple[Cell, Mapping[str, Any]]]
-# A difference is called "not shown" within this many standard errors, and where one as large has more than this
-# chance though nothing differs: with few seeds two standard errors alone are met too easily.
+# A difference is called "not shown" within this many standard errors, and where one as large has more than
+# this chance though nothing differs: with few seeds two standard errors alone are met too easily.
 SHOWN, CHANCE = 2.0, 0.05
 
 
