@@ -1,10 +1,12 @@
 """The page in a real browser: what a reader sees, in both schemes, at a desk and on a phone."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+from example_plans import example_explanation, example_plan
 
 from fallow.report import write_report
 
@@ -132,6 +134,29 @@ def test_print_is_light_whatever_the_scheme(report, visit):
     page.emulate_media(media="print", color_scheme="dark")
     assert brightness(page, "body", "backgroundColor") == 255
     assert brightness(page, "body", "color") < 60
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", DESK), ("dark", PHONE)])
+@pytest.mark.parametrize("make", [example_plan, example_explanation])
+def test_plans_and_explanations(make, tmp_path, visit, scheme, width):
+    found = make()
+    found["sites"][0]["name"] = "a.very.long.name." * 12
+    file = tmp_path / "document.json"
+    file.write_text(json.dumps(found))
+    page, said, asked = visit(write_report(file), scheme, width)
+    assert said == [] and {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    plots = page.locator("svg.plot").all()
+    assert len(plots) == 2 and all(plot.is_visible() for plot in plots)
+    bars = page.eval_on_selector_all(
+        "svg.plot g[id*=site-] path",
+        "all => all.map(x => [x.getBoundingClientRect().height, getComputedStyle(x).fill])",
+    )
+    assert len(bars) >= len(found["sites"]) and all(height > 1 for height, _ in bars)
+    assert {fill for _, fill in bars} == {"rgb(15, 118, 110)" if scheme == "light" else "rgb(60, 201, 180)"}
+    page.evaluate("document.querySelectorAll('details').forEach(element => element.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ground, ink = brightness(page, "body", "backgroundColor"), brightness(page, "body", "color")
+    assert (ground < 40 and ink > 200) if scheme == "dark" else (ground > 220 and ink < 60)
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
