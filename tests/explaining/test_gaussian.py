@@ -60,6 +60,15 @@ def test_the_error_of_the_kurtosis_is_the_spread_between_samples(name):
         assert float(errors.mean()) == pytest.approx(math.sqrt(24 / 4000), rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["exponential", "two points"])
+def test_the_error_of_the_kurtosis_of_skewed_laws_is_that_of_leaving_out_samples(name):
+    x = drawn(name, 400).double()
+    kept = ~torch.eye(400, dtype=torch.bool)
+    without = torch.stack([gaussian.excess_kurtosis(x[row])[0][0] for row in kept])
+    jackknife = math.sqrt(399 / 400 * float((without - without.mean()).square().sum()))
+    assert float(gaussian.excess_kurtosis(x)[1]) == pytest.approx(jackknife, rel=0.05)
+
+
 @pytest.mark.parametrize(("n", "repeats"), [(40, 20000), (300, 10000), (2000, 2000)])
 def test_five_per_cent_of_normal_samples_lie_beyond_the_level(n, repeats):
     x = torch.randn(n, repeats, generator=torch.Generator().manual_seed(n))

@@ -543,16 +543,29 @@ def test_warnings_appear_where_they_should_and_nowhere_else(kind, depth, rate, s
         assert found.warnings[0] in str(found)
 
 
-def test_growth_of_gradients_alone_is_that_of_norms_and_no_cause_to_warn():
-    def side(factor):
-        whole = factor**10
-        return growth.Measured((factor,) * 10, (), (), whole, 3 * whole, 0.1, 1.0, 0.01)
+def test_only_growth_that_compounds_in_both_directions_is_warned_of():
+    def side(*factors):
+        whole = math.prod(factors)
+        return growth.Measured(factors, (), (), whole, 3 * whole, 0.1, 1.0, 0.01)
 
     def said(forward, backward, scale="train"):
-        return len(growth._warnings(10, [0.5] * 10, scale, side(forward), side(backward)))
+        return len(growth._warnings(9, [0.5] * 9, scale, forward, backward))
 
-    assert said(2.0, 2.0) == 1
-    assert said(1.0, 2.0) == said(2.0, 1.0) == said(1.1, 1.1) == said(2.0, 2.0, "eval") == 0
+    doubling, flat = side(*[2.0] * 9), side(*[1.1] * 9)
+    falling = side(4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.4, 1.3, 1.25)  # behind norms, few blocks
+    assert said(doubling, doubling) == 1
+    assert said(doubling, doubling, "eval") == 0
+    for other in (flat, falling):
+        assert said(other, doubling) == said(doubling, other) == said(other, other) == 0
+
+
+def test_every_batch_has_masks_of_its_own():
+    model = Toy(3)
+    one, two = (signal_growth(model, F.cross_entropy, [batch()] * n, draws=2) for n in (1, 2))
+    assert one.forward.dense == pytest.approx(two.forward.dense)
+    assert one.forward.noisy != pytest.approx(two.forward.noisy, rel=1e-6)
+    again = signal_growth(model, F.cross_entropy, [batch()] * 9, draws=2, max_batches=1)
+    assert again == one
 
 
 def test_branches_that_give_zeros_are_named():
