@@ -39,7 +39,8 @@ class RunningSensitivities:
     Estimator:
         Of the sensitivities under the training noise ("absolute" reduction, masks averaged, batch
         statistics), not of the full network in eval mode that `fallow.plan` measures: they rank alike and
-        differ in size. The loss is taken for a mean over the batch; a loss scaler that changes its scale in
+        differ in size. A site whose batch dimension is not known has the batch's total as its one number, as
+        there. The loss is taken for a mean over the batch; a loss scaler that changes its scale in
         between distorts the sizes of sites watched before and after.
 
     References:
@@ -52,6 +53,7 @@ class RunningSensitivities:
         self.handle, self.decay = handle, decay
         names = [site.name for site in handle.sites]
         self._parts = {name: len(handle.branches(name)) for name in names}
+        self._whole = {name for name in names if any(b.dim is None for b in handle.branches(name))}
         self._seen = dict.fromkeys(names, 0)  # rows
         self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
         self._average: dict[str, float] = {}
@@ -137,12 +139,16 @@ class RunningSensitivities:
         dim, site, key = run.dim, run.branch.site, (self._draw, run.branch.site)
         total, kept = out.shape[dim], value.shape[dim]
         count = -(-kept // _ROWS)
-        few = value.detach().narrow(dim, 0, count).clone()
+        whole = site in self._whole  # which of the numbers belong to a sample is not known
+        few = value.detach() if whole else value.detach().narrow(dim, 0, count).clone()
         head = _head(run.selection, total, count)
 
         def collect(grad: Tensor) -> None:
             parts = self._pending.setdefault(key, [])
-            parts.append(row_products(take(grad.detach(), head, dim), few, dim) * total)
+            if whole:
+                parts.append(row_products(grad.detach(), few, None).expand(count))
+            else:
+                parts.append(row_products(take(grad.detach(), head, dim), few, dim) * total)
             if len(parts) == self._parts[site]:
                 rows = torch.stack(self._pending.pop(key)).sum(0)
                 self._sums[site] = self._sums[site] + rows.double().abs().sum()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import Residuals, distance, residuals
+from subjects import Residuals, bent, distance, residuals
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,6 +103,26 @@ def test_the_branches_of_a_block_are_added_up_row_by_row():
     step(model, x)
     in_eval = fallow.planning.sensitivities(model, distance, [(x, None)])
     assert seen.update() == pytest.approx(in_eval.table, rel=1e-9)  # no dropout, no BatchNorm: one network
+
+
+class Flattened(Residuals):
+    """Samples and tokens in one dimension, for some blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = h + self.blocks[0](h)
+        flat = h.reshape(-1, h.shape[-1])
+        flat = flat + self.blocks[1](flat)
+        return self.head(flat.reshape(h.shape))
+
+
+@pytest.mark.usefixtures("all_watched")
+def test_where_samples_cannot_be_told_apart_the_batch_counts_as_one():
+    torch.manual_seed(3)
+    model, x = Flattened(bent(), bent()).double(), torch.randn(6, 5, 4).double()
+    seen = RunningSensitivities(fallow.apply(model, {}, example=x))
+    step(model, x)
+    assert seen.update() == pytest.approx(fallow.planning.sensitivities(model, distance, [(x, None)]).table)
 
 
 def test_a_step_watches_some_sites_and_rows_those_seen_least_first():
