@@ -7,6 +7,7 @@ from typing import Any
 
 from fallow.errors import need
 from fallow.report import _shapes, _svg, _tables, _words
+from fallow.report._replans import replans
 from fallow.report._shapes import Band, Bar, Line, Plot, bands
 from fallow.report._svg import COLOUR
 from fallow.report._tables import Table, arms, label, series
@@ -168,6 +169,8 @@ def survival(results: dict[str, Any], prefix: str) -> Plot | None:
     label = "Survival rates asked and realised, site by site. The names are in the table beside."
     drawing = _svg.draw(name, label, paint)
     note = "Names, kinds and cost shares of the sites are in the table."
+    if records(results.get("plans")):
+        note += " Asked and realised are of the last plan, and of the steps after it."
     return Plot(name, "Survival rates", note, drawing, tuple(legend), _tables.sites(results))
 
 
@@ -201,7 +204,7 @@ def against_ideal(results: dict[str, Any], prefix: str) -> Plot | None:
 
 def of_run(results: dict[str, Any], prefix: str) -> list[Plot]:
     """All figures of one run for which it has numbers."""
-    makers = (error, loss, against_ideal, survival, depth, gradient)
+    makers = (error, loss, against_ideal, survival, replans, depth, gradient)
     return [plot for maker in makers if (plot := maker(results, prefix)) is not None]
 
 

@@ -14,7 +14,7 @@ from example_plans import SITES, example_explanation, example_plan
 from test_report_page import EVIL, Outline, change
 
 from fallow.errors import DataError, UsageError
-from fallow.report import _explanations, _plans, read_results, write_report
+from fallow.report import _explanations, _plans, _replans, read_results, write_report
 
 EXAMPLES = {"plan": example_plan, "explanation": example_explanation}
 FIGURES = {"plan": ("rates", "sensitivities"), "explanation": ("penalties", "sums")}
@@ -130,6 +130,35 @@ def test_without_draws_for_each_site_the_forms_stand_alone(write: Write):
     assert plot is not None and [words for _, words in plot.legend] == [
         title for title, _ in _explanations.FORMS.values()
     ]
+
+
+# --- a run whose rates were planned anew ---------------------------------------------------------------
+
+
+def planned(results: dict[str, Any], count: int) -> dict[str, Any]:
+    names = [site["name"] for site in results["sites"]]
+    plans = [{"epoch": e, "rates": {n: 1 / (e + 1) for n in names}} for e in range(1, count + 1)]
+    return results | {"plans": plans}
+
+
+def test_a_run_shows_its_plans(results: dict[str, Any], save: Write):
+    page = write_report(save(planned(results, 3))).read_text()
+    assert 'id="run-1-plans"' in page and "plans are shown" not in page
+    text = Outline(page).text
+    assert all(f"after epoch {e}" in text for e in (1, 2, 3)) and "0.333" in text
+
+
+def test_of_many_plans_the_first_the_last_and_some_between_are_shown(results: dict[str, Any]):
+    plot = _replans.replans(planned(results, 20), "")
+    assert plot is not None and "6 of 20 plans are shown" in plot.note
+    words = [words for _, words in plot.legend]
+    assert (words[0], words[-1], len(set(words))) == ("after epoch 1", "after epoch 20", 6)
+    assert len(plot.table.rows) == len(results["sites"]) and len(plot.table.columns) == 8
+
+
+@pytest.mark.parametrize("plans", [None, [], [{}], [{"rates": {"a": "x"}}], [3], {"rates": {"a": 1}}])
+def test_a_run_without_plans_has_no_such_figure(results: dict[str, Any], plans: Any):
+    assert _replans.replans(results | {"plans": plans}, "") is None
 
 
 # --- files -----------------------------------------------------------------------------------------------
