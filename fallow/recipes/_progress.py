@@ -101,6 +101,7 @@ class Table(Progress):
     def begin(self, cells: Sequence[Cell], open_cells: Sequence[Cell], jobs: int) -> None:
         """Show the table."""
         super().begin(cells, open_cells, jobs)
+        self._since = time.monotonic()
         # With one job the runs' own processor time is measured in this process: no thread may draw then.
         self._live = need("rich.live", "lab").Live(
             console=self._console,
@@ -109,7 +110,6 @@ class Table(Progress):
             refresh_per_second=1,
             transient=True,
         )
-        self._since = time.monotonic()
         self._live.start()
 
     def ended(self, outcome: Outcome) -> None:

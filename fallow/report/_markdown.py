@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,12 @@ from fallow.report._paper import Part, Sheet
 from fallow.report._tables import Table
 from fallow.report._words import get
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
+_SPECIAL = re.compile(r"([\\`*_\[\]|#])")
 
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return " ".join(_SPECIAL.sub(r"\\\1", text).split())
+    return " ".join(_SPECIAL.sub(r"\\\1", html.escape(text, quote=False)).split())
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
