@@ -39,8 +39,8 @@ class Taps:
 
     entered: Tensor
 
-    def __init__(self, handle: Handle, sites: list[Site]) -> None:
-        self.model, self._handle, self.sites = handle.model, handle, sites
+    def __init__(self, model: nn.Module, handle: Handle, sites: list[Site]) -> None:
+        self.model, self._handle, self.sites = model, handle, sites
         names = {site.name for site in sites}
         self.branches = sorted((b for n in names for b in handle.branches(n)), key=lambda b: b.order)
 
@@ -112,21 +112,21 @@ def tapped(
     own = handle is None
     if handle is None:
         found = survey(model, example, granularity, patterns(include), patterns(exclude))
-        if not found.sites:
-            raise SiteError("no residual site that can rest was found in this model; see fallow.sites(...)")
-        handle = Handle(
-            model, list(found.sites), found.branches, bind(model, found.branches), Options(), None
-        )
         sites = list(found.sites)
+        handle = Handle(model, list(sites), found.branches, bind(model, found.branches), Options(), None)
     else:
         sites = _matching(handle.sites, patterns(include), patterns(exclude))
+    if not sites:
+        raise SiteError("no residual site that can rest was found in this model; see fallow.sites(...)")
     grads = [(p, p.grad) for p in model.parameters()]
     try:
         with probe.undisturbed(model):
             model.eval()
             for p, _ in grads:
                 p.grad = None  # or a backward would add to what is there
-            yield Taps(handle, sites)
+            # What only holds the applied model (AveragedModel, DistributedDataParallel) is looked through.
+            whole = handle.model if getattr(model, "module", None) is handle.model else model
+            yield Taps(whole, handle, sites)
     finally:
         for p, grad in grads:
             p.grad = grad
