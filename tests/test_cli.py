@@ -138,6 +138,8 @@ ODD = {  # for every option a value that is not its default
     "last": 0.3,
     "first": 0.9,
     "mean": 0.8,
+    "refresh": 3,
+    "minimum_rate": 0.2,
     "mode": "row",
     "sampler": "exact",
     "scale": "eval",

@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_runs import SMALL, settled
 
-from fallow import data, schedules
+from fallow import data, models, schedules
 from fallow.errors import FallowError, RateError, SiteError, UsageError
 from fallow.recipes import _arm, _job
 from fallow.recipes._arm import Arm, build
-from fallow.recipes._batches import Batches
+from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._run import CONFIG, first_free
 from fallow.recipes.train import Config, read_results, sites_of, train
 
@@ -163,6 +163,28 @@ def test_granularity_and_timm_models_reach_their_place():
     assert len(sites_of(Config(model="timm:resnet18", threads=1))) == 8
     with pytest.raises(UsageError, match="timm cannot make the model nonesuch"):
         sites_of(Config(model="timm:nonesuch", threads=1))
+
+
+def test_torchvision_models_train_on_one_channel_repeated(small: Small):
+    pytest.importorskip("torchvision")
+    run = small(model="torchvision:resnet18", epochs=1, twin=False, budget=None, last=0.5)
+    found = read_results(run)
+    assert found["status"] == "done" and len(found["sites"]) == 8
+    assert "the one channel of the images is repeated to 3" in found["provenance"]["data"]["notes"]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vit_small", "timm:test_resnet"])
+def test_initial_weights_are_those_of_a_seeded_constructor(name: str):
+    """Drawn apart from torch's own generator, yet the same as they always were."""
+    dataset = data.load("digits")
+    model = build(settled(model=name, seed=3), dataset)
+    torch.manual_seed(seed_of(3, "weights"))
+    if name.startswith("timm:"):
+        want = pytest.importorskip("timm").create_model(name[5:], num_classes=10, in_chans=1)
+    else:
+        want = models.build(name, classes=10, channels=1, image=(8, 8))
+    for key, value in want.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_precision_layout_and_smoothing_reach_the_step(monkeypatch: pytest.MonkeyPatch):
