@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fallow import rates
-from fallow.explaining.growth import draw_masks, simulate_growth
+from fallow.explaining.gaussian import excess_kurtosis, ks_distance, lilliefors_level
+from fallow.explaining.growth_simulation import simulate_growth
+from fallow.explaining.random_networks import draw_masks
 from fallow.recipes._batches import generator
 from fallow.recipes._toys import DenseResNet, Task, fit, teacher_task
 from fallow.surgery import Handle
@@ -134,25 +136,19 @@ def _hidden(net: DenseResNet, x: Tensor, ps: Sequence[float], masks: int, draws:
 
 
 def _law(values: Tensor) -> dict[str, Any]:
-    """Histogram of the first column; distance from Gaussian as means over the columns."""
+    """Histogram of the first column; distance from Gaussian as means over the columns that vary."""
     spread = values.std(0, correction=0)
-    known = spread > 1e-12 * values.abs().amax().clamp_min(1e-300)
-    z = ((values - values.mean(0)) / spread)[:, known]
-    ordered = z.sort(0).values
-    count = len(z)
-    law = 0.5 * (1 + torch.erf(ordered / math.sqrt(2)))
-    steps = torch.arange(1, count + 1, dtype=torch.float64)[:, None] / count
-    distance = torch.maximum((steps - law).amax(0), (law - steps + 1 / count).amax(0))
-    kurtosis = z.pow(4).mean(0) - 3
+    varies = spread > 1e-12 * values.abs().amax().clamp_min(1e-300)
+    values, spread = values[:, varies], spread[varies]
+    first = (values[:, 0] - values[:, 0].mean()) / spread[0]
     edges = torch.linspace(-4, 4, _BINS + 1, dtype=torch.float64)
-    counts = torch.histogram(z[:, 0].clamp(-3.999, 3.999), edges).hist
     return {
         "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "masks": count,
-        "distance": distance.mean().item(),
-        "kurtosis": kurtosis.mean().item(),
-        "kurtosis_median": kurtosis.median().item(),
+        "counts": torch.histogram(first.clamp(-3.999, 3.999), edges).hist.tolist(),
+        "masks": len(values),
+        "distance": ks_distance(values).mean().item(),
+        "kurtosis": excess_kurtosis(values)[0].mean().item(),
+        "level": lilliefors_level(len(values)),
     }
 
 

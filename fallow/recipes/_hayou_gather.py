@@ -106,8 +106,8 @@ def law(found: Found) -> Gathered:
         means, errors = [m for m, _ in points], [e for _, e in points]
         distances.append(series(f"{net}, {when}", depths, means, error=errors))
     depths = values(found, "depth")
-    level, name = 0.886 / math.sqrt(found[0][1]["masks"]), "5 % level of Lilliefors' test"
-    distances.append(series(name, depths, [level] * len(depths), style="dashed", label="lit"))
+    level, name = found[0][1]["level"], "5 % level of Lilliefors' test"
+    distances.append(series(name, depths, [level] * len(depths), style="dashed", label="derived"))
     axis = "Kolmogorov-Smirnov distance"
     panels.append(panel("Distance from Gaussian", "depth L", axis, distances, log=True))
     columns = ["net", "KS distance", "s.e.", "excess kurtosis", "s.e.", "seeds"]

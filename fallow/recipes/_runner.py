@@ -10,11 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fallow.errors import FallowError, UsageError, need
+from fallow.errors import FallowError, RunError, UsageError, need
 from fallow.recipes import _cells
 from fallow.recipes._experiments import Cell
 from fallow.recipes._stop import Interrupted
@@ -75,6 +74,7 @@ def run_cells(
 
     Raises:
         UsageError: a folder holds a cell with other options, or another process works here.
+        RunError: a process that ran cells was killed.
         Interrupted: SIGINT or SIGTERM came; what is done stays.
     """
     watcher = watcher or Watcher()
@@ -114,21 +114,27 @@ def _outcomes(
     if jobs <= 1:
         yield from (_one(*task, inner) for task in tasks)
         return
-    joblib = need("joblib", "lab")
+    joblib, killed = need("joblib", "lab"), need("joblib.externals.loky.process_executor", "lab")
     parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
-    yield from parallel(joblib.delayed(_in_worker)(os.getpid(), *task) for task in tasks)
+    try:
+        yield from parallel(joblib.delayed(_in_worker)(os.getpid(), *task) for task in tasks)
+    except killed.TerminatedWorkerError as error:
+        raise RunError(
+            f"a process that ran cells for {home} was killed, most often for want of memory: what is done is "
+            f"kept; give the same command again, with fewer than --jobs {jobs}"
+        ) from error
 
 
-def _in_worker(parent: int, *task: Any) -> Outcome:
+def _in_worker(parent: int, cell: Cell, folder: Path, data_dir: str | None, command: str) -> Outcome:
     """`_one` in a process that ends with the one that started it: nobody else writes to its folders then."""
     global _watching
     if not _watching and os.getppid() == parent:  # not so on another machine of a cluster
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         _watching = True
     try:
-        return _one(*task, None)
+        return _one(cell, folder, data_dir, command, None)
     except (KeyboardInterrupt, Interrupted):
-        return Outcome(task[0].name, "interrupted", 0.0)
+        return Outcome(cell.name, "interrupted", 0.0)
 
 
 def _end_with(parent: int) -> None:
@@ -145,8 +151,9 @@ def _one(cell: Cell, folder: Path, data_dir: str | None, command: str, inner: Sh
         _cells.run(cell, folder, data_dir, command, inner)
     except Interrupted:
         raise
-    except (FallowError, MemoryError, torch.OutOfMemoryError) as error:
-        return Outcome(cell.name, "failed", time.monotonic() - start, str(error) or type(error).__name__)
+    except Exception as error:  # whatever it is, it must not keep the other cells from running
+        words = str(error) if isinstance(error, FallowError) else f"{type(error).__name__}: {error}"
+        return Outcome(cell.name, "failed", time.monotonic() - start, words)
     finally:
         torch.set_num_threads(threads)
     return Outcome(cell.name, "done", time.monotonic() - start)

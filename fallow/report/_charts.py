@@ -56,7 +56,7 @@ def curves(panel: Any) -> list[Curve]:
 
 
 def _points(one: dict[str, Any]) -> tuple[tuple[float, float, float | None], ...]:
-    xs, ys, errors = (one.get(key) if isinstance(one.get(key), list) else [] for key in ("x", "y", "error"))
+    xs, ys, errors = (found if isinstance(found := one.get(k), list) else [] for k in ("x", "y", "error"))
     errors = [*errors, *[None] * (len(xs) - len(errors))]
     triples = ((number(x), number(y), number(e)) for x, y, e in zip(xs, ys, errors, strict=False))
     return tuple((x, y, e) for x, y, e in triples if x is not None and y is not None)

@@ -47,6 +47,17 @@ def fails(log: str, pieces: Callable[..., Any]) -> dict[str, Any]:
     return {"sum": 1.0}
 
 
+def dies(log: str, pieces: Callable[..., Any]) -> dict[str, Any]:
+    """Kills the process that it runs in."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def errs(log: str, pieces: Callable[..., Any]) -> dict[str, Any]:
+    """Raises what no cell should."""
+    raise ZeroDivisionError("by nothing")
+
+
 def sleeps(log: str, pieces: Callable[..., Any]) -> dict[str, Any]:
     """Writes its process id, then sleeps for a minute."""
     Path(log).write_text(str(os.getpid()))

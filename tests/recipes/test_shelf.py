@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_papers import draw, fails, paper, process
+from small_papers import dies, draw, errs, fails, paper, process
 
 from fallow.errors import DataError, RunError, UsageError
 from fallow.recipes import _cells, _progress, shelf
@@ -206,6 +206,16 @@ def test_a_failing_cell_leaves_the_others_and_runs_again(tmp_path: Path):
     (tmp_path / "BROKEN").unlink()
     assert shelf.reproduce(chosen, jobs=1, out=tmp_path / "out").failed == ()
     assert results(done.folder)["status"] == "done"
+
+
+def test_a_cell_that_raises_anything_counts_as_failed(tmp_path: Path):
+    done = shelf.reproduce(paper(tmp_path, work=errs), jobs=1, out=tmp_path / "out")
+    assert [cell.message for cell in done.failed] == ["ZeroDivisionError: by nothing"] * 3
+
+
+def test_a_worker_that_is_killed_is_said_in_words(tmp_path: Path):
+    with pytest.raises(RunError, match="was killed, most often for want of memory.*fewer than --jobs 2"):
+        shelf.reproduce(paper(tmp_path, work=dies), jobs=2, out=tmp_path / "out")
 
 
 def test_unknown_papers_items_and_scales_list_what_there_is(tmp_path: Path):
