@@ -9,7 +9,7 @@ import pytest
 from cli_calls import Call, caller, refused
 
 import fallow
-from fallow.explaining.depth import explain
+from fallow.explaining import explain
 from fallow.recipes import examine
 from fallow.recipes._probe import Source, probe
 

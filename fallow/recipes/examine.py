@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fallow.errors import DataError, UsageError, check_rate
-from fallow.explaining._result import Explanation
-from fallow.explaining.depth import explain
+from fallow.explaining import Explanation, explain
 from fallow.integrations.loading import run_config
 from fallow.planning import Plan, plan
 from fallow.recipes._config import Config
