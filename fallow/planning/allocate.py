@@ -115,8 +115,7 @@ def sensemode(
     costs = check_costs(costs)
     known = _checked(sensitivities, costs)
     budget, minimum = check_rate(budget, name="budget"), check_rate(minimum_rate, name="minimum_rate")
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma < math.inf:
-        raise UsageError(f"gamma must be a number of at least 0, got {gamma!r}")
+    check_gamma(gamma)
     total = math.fsum(costs.values())
     wanted = budget - (1.0 - total)  # sum c_l p_l
     if wanted < minimum * total - _ROUNDING:
@@ -208,6 +207,12 @@ def spread(sensitivities: Mapping[str, float], errors: Mapping[str, float] | Non
         math.fsum((errors.get(n, 0.0) / most) ** 2 for n in sensitivities) / len(values) if errors else 0.0
     )
     return math.sqrt(max(0.0, variance - noise)) / mean
+
+
+def check_gamma(gamma: object) -> None:
+    """Refuse what is no number of at least 0."""
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma < math.inf:
+        raise UsageError(f"gamma must be a number of at least 0, got {gamma!r}")
 
 
 def check_costs(costs: Mapping[str, float]) -> dict[str, float]:

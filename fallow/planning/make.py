@@ -41,9 +41,8 @@ def plan(
 ) -> Plan:
     """Choose survival rates for a budget, from measured costs and sensitivities.
 
-    Formula: rates p_l with ``1 - sum_l c_l (1 - p_l) = budget``, c_l the cost of site l as a share of a whole
-        dense
-    step. "sensemode": ``p_l = min(1, max(p_min, a (S_l / sqrt(c_l))^gamma))``. The model is left as it was,
+    Formula: rates p_l with ``1 - sum_l c_l (1 - p_l) = budget``, c_l the cost of site l as a share of a
+    whole dense step. "sensemode": ``p_l = min(1, max(p_min, a (S_l / sqrt(c_l))^gamma))``. The model is left as it was,
     its gradients, statistics, flags and random state included.
 
     Args:
@@ -85,6 +84,8 @@ def plan(
     check_choice("cost", cost, costing.KINDS)
     check_choice("reduction", reduction, sensitivity.REDUCTIONS)
     check_rate(budget, name="budget")
+    check_rate(minimum_rate, name="minimum_rate")
+    allocate.check_gamma(gamma)
     sensed = method in ("auto", "sensemode")
     if sensed and not callable(loss_fn):
         raise ArgumentError(
