@@ -63,7 +63,16 @@ def pairs(model: nn.Module, batches: Iterable[Any], limit: int, where: str) -> l
     for inputs, _ in found:
         if rows_of(inputs) == 0:
             raise UsageError(f"{where}: a batch has no rows: pass batches of at least one sample")
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, found)
+
+    def moved(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        if t.is_inference():  # such a tensor takes no part in a graph; its copy does
+            with torch.inference_mode(False):
+                t = t.clone()
+        return t.to(device)
+
+    return tree_map(moved, found)
 
 
 def _pair(batch: Any, where: str) -> Pair:

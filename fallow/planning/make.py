@@ -42,8 +42,9 @@ def plan(
     """Choose survival rates for a budget, from measured costs and sensitivities.
 
     Formula: rates p_l with ``1 - sum_l c_l (1 - p_l) = budget``, c_l the cost of site l as a share of a
-    whole dense step. "sensemode": ``p_l = min(1, max(p_min, a (S_l / sqrt(c_l))^gamma))``. The model is left as it was,
-    its gradients, statistics, flags and random state included.
+        whole dense step; "sensemode": ``p_l = min(1, max(p_min, a (S_l / sqrt(c_l))^gamma))``.
+
+    The model is left as it was, its gradients, statistics, flags and random state included.
 
     Args:
         model: any model with residual branches; one with a handle is planned with the handle's sites.

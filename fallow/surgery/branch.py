@@ -51,8 +51,8 @@ class Run:
     """One branch in one forward: which rows are kept, and how the sum is scaled.
 
     ``rested``: no row is kept. ``selection`` None: every row is kept. ``gate`` changes the branch's value
-    before it is added; ``watch`` sees shortcut, that value (None at rest; with the alpha of ``add_(z, alpha=)``
-    in it) and the sum.
+    before it is added; ``watch`` sees shortcut, that value (None at rest; with the alpha of ``add_(z,
+    alpha=)`` in it) and the sum.
     """
 
     branch: BranchState

@@ -8,7 +8,7 @@ flags and random number generators are as before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -120,7 +120,8 @@ def tapped(
         raise SiteError("no residual site that can rest was found in this model; see fallow.sites(...)")
     grads = [(p, p.grad) for p in model.parameters()]
     try:
-        with probe.undisturbed(model):
+        inference = torch.is_inference_mode_enabled()
+        with probe.undisturbed(model), torch.inference_mode(False) if inference else nullcontext():
             model.eval()
             for p, _ in grads:
                 p.grad = None  # or a backward would add to what is there

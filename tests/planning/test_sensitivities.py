@@ -412,6 +412,16 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(change: dict, error: ty
         assert "\n" not in str(refused.value)
 
 
+def test_inference_mode_does_not_matter():
+    model, x = residuals(), torch.randn(4, 4)
+    expected = sensitivities(model, distance, [(x, None)])
+    with torch.inference_mode():
+        inside = x + 0
+        assert inside.is_inference()
+        assert sensitivities(model, distance, [(inside, None)]).table == expected.table
+        assert torch.is_inference_mode_enabled()
+
+
 def test_no_more_than_max_batches_are_taken():
     taken = []
 
