@@ -37,11 +37,6 @@ def is_done(cell: Cell, folder: Path) -> bool:
     return _read(folder / CELL).get("status") == "done"
 
 
-def has_begun(cell: Cell, folder: Path) -> bool:
-    """Whether there is anything of it."""
-    return (folder / (CONFIG if cell.work is None else PIECES)).exists() or is_done(cell, folder)
-
-
 def run(cell: Cell, folder: Path, data_dir: str | None, command: str, show: Show | None = None) -> None:
     """Run a cell, or what is left of it; one that is done is left alone.
 
