@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fallow.explaining._control import Control, alone, placed
 from fallow.explaining._curvature import Curvature, cotangents, recognise
-from fallow.explaining._estimate import Draws, Estimate, mean_and_error
+from fallow.explaining._estimate import Draws, Estimate, fits, mean_and_error
 from fallow.explaining._noise import Noise, inverted, kept_alone, resting
-from fallow.explaining._outputs import OutputLoss, Point, inner, minus, mixed
+from fallow.explaining._outputs import OutputLoss, Point, inner, minus
 from fallow.explaining._reach import reached
 from fallow.feed import LossFunction, Pair, rows_of
 from fallow.surgery.tap import Taps
@@ -82,11 +84,12 @@ class Trial:
         rows, curvature = rows_of(inputs), recognise(loss, self.generator)
         if not self.noise.active:
             return _without_noise(rows, curvature, loss)
+        control = self._control(loss, curvature, inputs, dims)
         kept, conditional = Draws(self.effort.draws, loss.full), {n: [] for n in self.noise.active}
         for draw in range(self.effort.draws):
             masks = self.noise.draw(draw, first if self.noise.mode == "row" else number, rows)
             point, value = self._at(loss, inputs, self.noise.decide(masks))
-            kept.add(point, value)
+            kept.add(point, value, None if control is None else control(masks))
             if draw < self.effort.site_draws:
                 for name, values in conditional.items():
                     flipped, _ = self._at(loss, inputs, self.noise.decide(inverted(masks, name)))
@@ -101,6 +104,23 @@ class Trial:
         self._fill_left_out(found, loss, inputs, mean)
         self._fill_linearised(found, loss, inputs, dims == [0])
         return found
+
+    def _control(
+        self, loss: OutputLoss, curvature: Curvature, inputs: Any, dims: list[int | None]
+    ) -> Control | None:
+        """The control variate, where its mean is known and its tensors are few."""
+        by_sample = curvature.kind in ("cross_entropy", "quadratic") or self.noise.mode == "batch"
+        if not by_sample or not fits(4 * len(self.noise.active), loss.full):
+            return None
+        pairs = {name: (on, off) for name, on, off, _ in self._left_out(loss, inputs)}
+        return Control(loss, self.noise, pairs, dims)
+
+    def _left_out(self, loss: OutputLoss, inputs: Any) -> Iterator[tuple[str, Point, Point, float]]:
+        """Each site's outputs on and off with the others kept, and the loss of the latter."""
+        for name in self.noise.active:
+            gate = self.noise.on(name)
+            on = loss.full if gate == 1 else self._at(loss, inputs, kept_alone(name, gate))[0]
+            yield name, on, *self._at(loss, inputs, resting(name))
 
     def _at(self, loss: OutputLoss, inputs: Any, decide: Any) -> tuple[Point, float]:
         with torch.no_grad():
@@ -120,21 +140,8 @@ class Trial:
         The other sites are as drawn. What was drawn has this one on in some samples and off in the others;
         turned over it is the reverse.
         """
-        on, off = [], []
-        for a, b, dim in zip(drawn, flipped, dims, strict=True):
-            if isinstance(mask, Tensor):
-                shape = [1] * a.dim()
-                shape[dim or 0] = mask.numel()
-                here = mask.to(a.device).reshape(shape)
-            else:
-                here = torch.tensor(mask, device=a.device)
-            on.append(torch.where(here, a, b))
-            off.append(torch.where(here, b, a))
-        return self._gap(loss, self.noise.rates[site], on, off)
-
-    @staticmethod
-    def _gap(loss: OutputLoss, p: float, on: Point, off: Point) -> float:
-        return p * loss.value(on) + (1 - p) * loss.value(off) - loss.value(mixed(p, on, off))
+        on, off = placed(mask, drawn, flipped, dims), placed(mask, flipped, drawn, dims)
+        return alone(loss, self.noise.rates[site], on, off)
 
     def _fill_monte_carlo(self, found: Measured, conditional: dict[str, list[float]]) -> None:
         if not self.effort.site_draws:
@@ -153,15 +160,12 @@ class Trial:
         forms: dict[str, dict[str, float]] = {"bregman": {}, "alone": {}}
         if hessian is not None:
             forms["hessian"] = {}
-        for name in self.noise.active:
-            weight, gate = self.noise.weight(name), self.noise.on(name)
-            off, without = self._at(loss, inputs, resting(name))
-            zeta = minus(loss.full, off)
+        for name, on, off, without in self._left_out(loss, inputs):
+            weight, zeta = self.noise.weight(name), minus(loss.full, off)
             forms["bregman"][name] = weight * (without - value + inner(slope, zeta))
             if hessian is not None:
                 forms["hessian"][name] = weight * inner(zeta, hessian(zeta)) / 2
-            on = loss.full if gate == 1 else self._at(loss, inputs, kept_alone(name, gate))[0]
-            forms["alone"][name] = self._gap(loss, self.noise.rates[name], on, off)
+            forms["alone"][name] = alone(loss, self.noise.rates[name], on, off)
         found.forms |= forms
 
     def _fill_linearised(self, found: Measured, loss: OutputLoss, inputs: Any, single: bool) -> None:

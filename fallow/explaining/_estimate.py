@@ -23,7 +23,12 @@ class Estimate:
     plug_in: float
 
 
-def jackknife(loss: Callable[[Point], float], values: Sequence[float], means: Sequence[Point]) -> Estimate:
+def jackknife(
+    loss: Callable[[Point], float],
+    values: Sequence[float],
+    means: Sequence[Point],
+    controls: Sequence[float] = (),
+) -> Estimate:
     """E loss(Y) - loss(E Y) from draws of Y.
 
     Formula: with R the plug-in mean_k loss(Y_k) - loss(mean_k Y_k) and R_(k) the same without draw k, the
@@ -33,6 +38,7 @@ def jackknife(loss: Callable[[Point], float], values: Sequence[float], means: Se
         loss: the loss at a point.
         values: loss(Y_k) for each draw, or the mean of it over each of several groups of equal size.
         means: Y_k, or the mean of Y over each group.
+        controls: numbers of mean zero that go with them, to be taken off.
 
     Estimator:
         The plug-in's bias is -tr(H Cov Y)/2K + O(1/K^2): the mean of the outputs follows the draws. For a
@@ -53,6 +59,8 @@ def jackknife(loss: Callable[[Point], float], values: Sequence[float], means: Se
         left = (math.fsum(values) - value) / (count - 1)
         left -= loss([(t - m) / (count - 1) for t, m in zip(total, mean, strict=True)])
         pseudo.append(count * plug_in - (count - 1) * left)
+    if controls:
+        pseudo = [p - c for p, c in zip(pseudo, controls, strict=True)]
     value, error = mean_and_error(pseudo)
     return Estimate(value, error, plug_in)
 
@@ -75,6 +83,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     spread = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
     return mean, math.sqrt(spread / count)
+
+
+def fits(count: int, point: Point) -> bool:
+    """Whether so many outputs may be kept."""
+    return count * sum(t.numel() * t.element_size() for t in point) <= _KEPT_BYTES
 
 
 def groups(draws: int, point: Point) -> int:
@@ -101,9 +114,12 @@ class Draws:
         self.losses: list[float] = []
         self._size = count // groups(count, point)
         self._means: list[Point] = []
+        self._controls: list[float] = []
 
-    def add(self, point: Point, loss: float) -> None:
+    def add(self, point: Point, loss: float, control: float | None = None) -> None:
         """One draw more."""
+        if control is not None:
+            self._controls.append(control)
         if len(self.losses) % self._size == 0:
             self._means.append([t / self._size for t in point])
         else:
@@ -117,6 +133,8 @@ class Draws:
 
     def regulariser(self, loss: Callable[[Point], float]) -> Estimate:
         """E loss(Y) - loss(E Y)."""
+        return jackknife(loss, self._grouped(self.losses), self._means, self._grouped(self._controls))
+
+    def _grouped(self, values: list[float]) -> list[float]:
         size = self._size
-        values = [math.fsum(self.losses[i : i + size]) / size for i in range(0, len(self.losses), size)]
-        return jackknife(loss, values, self._means)
+        return [math.fsum(values[i : i + size]) / size for i in range(0, len(values), size)]

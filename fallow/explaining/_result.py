@@ -56,7 +56,7 @@ class Totals:
     Attributes:
         regulariser: R = E loss(Y) - loss(E Y), without the 1/K bias.
         regulariser_error: its standard error over the draws, given the samples.
-        plug_in: R as the draws have it, biased.
+        plug_in: mean loss under noise less loss at the mean output, biased by 1/draws.
         sums: form -> its sum over the sites.
         ratios: form -> sum / R.
         verdicts: form -> "holds", "off" or "undecided".
@@ -147,7 +147,7 @@ class Explanation:
         lines = [
             f"penalty R = E loss - loss(mean output): {with_error(t.regulariser, t.regulariser_error)} "
             f"({self.draws} draws {'a sample' if self.mode == 'row' else 'a batch'}, {self.samples} samples; "
-            f"{t.plug_in:.4g} with the bias of the mean output)",
+            f"{t.plug_in:.4g} straight from the draws, biased)",
             f"loss: full network {t.loss_full:.6g}, at evaluation {t.loss_evaluation:.6g}, under noise "
             f"{with_error(t.loss_noisy, t.loss_noisy_error)}, at the mean output {t.loss_mean_output:.6g}; "
             f"{self.loss_kind.replace('_', '-')}",

@@ -68,11 +68,12 @@ def explain(
     - monte_carlo: the mean of the same with all other sites drawn at random.
 
     Estimator:
-        R: jackknife over the draws; unbiased for a squared error, else biased by O(1/draws^2). Standard
-        errors are over the masks, given the samples. bregman: error O((1 - p)^2) for any loss; hessian: the
-        same for a squared error only (D3 to D6). For a squared error (any quadratic loss) the sum of
-        monte_carlo is at least R (Efron and Stein). linearised: exact sums over classes or outputs where
-        there are no more than ``label_draws`` and one position a sample, else labels drawn (D23).
+        R: jackknife over the draws, with what single sites give alone as control variate; unbiased for a
+        squared error, else biased by O(1/draws^2). Standard errors are over the masks, given the samples.
+        bregman: error O((1 - p)^2) for any loss; hessian: the same for a squared error only (D3 to D6). For
+        a squared error (any quadratic loss) the sum of monte_carlo is at least R (Efron and Stein).
+        linearised: exact sums over classes or outputs where there are no more than ``label_draws`` and one
+        position a sample, else labels drawn (D23).
 
     Cost: about ``draws + L (1 + site_draws)`` forwards of each batch, L the sites whose rate is below 1, and
     ``label_draws`` backwards at most.

@@ -5,12 +5,13 @@ import math
 import depth_nets
 import pytest
 import torch
-from depth_nets import LENGTH, LOSSES, RATES, data, every_output, exact, fitted, losses_of
+from depth_nets import LENGTH, LOSSES, RATES, data, every_mask, every_output, exact, fitted, losses_of
 from torch.nn import functional as F
 
 import fallow
 from fallow.errors import UsageError
 from fallow.explaining import _estimate
+from fallow.explaining._control import Control
 from fallow.explaining._estimate import jackknife
 from fallow.explaining._noise import Noise
 from fallow.explaining._outputs import OutputLoss
@@ -131,6 +132,39 @@ def test_the_jackknife_takes_most_of_the_bias_from_a_cross_entropy():
 def test_the_standard_error_is_that_of_the_estimates():
     both = repeated("quadratic", draws=16, times=300)
     assert float(both[:, 2].mean() / both[:, 0].std()) == pytest.approx(1, abs=0.2)
+
+
+@EACH
+def test_the_control_variate_has_mean_zero_over_all_masks(kind, scale):
+    net, (x, target) = fitted(kind), data(kind)
+    outputs, chance = every_output(net, x, P, scale)
+    masks, _ = every_mask(P)
+    loss = OutputLoss(LOSSES[kind], outputs[-1], target, "test")
+    pairs = {}
+    for i, name in enumerate(RATES):
+        gates = torch.ones(2, LENGTH).double()
+        gates[:, i] = torch.tensor([1 / P[i] if scale == "train" else 1.0, 0.0])
+        with torch.no_grad():
+            pairs[name] = tuple([net.gated(x, g)] for g in gates)
+    control = Control(loss, Noise(RATES, scale, "batch", 0), pairs, [0])
+    found = [control({n: bool(m) for n, m in zip(RATES, mask, strict=True)}) for mask in masks]
+    assert max(map(abs, found)) > 1e-3
+    assert math.fsum(c * v for c, v in zip(chance.tolist(), found, strict=True)) == pytest.approx(
+        0, abs=1e-12
+    )
+    whole = control({n: torch.ones(len(x), dtype=torch.bool) for n in RATES})
+    assert whole == pytest.approx(found[-1], rel=1e-9)
+
+
+def test_near_rates_of_one_the_control_variate_takes_most_of_the_variance():
+    rates = dict.fromkeys(RATES, 0.99)
+    r, _ = exact("quadratic", [0.99] * LENGTH, "eval")
+    found = [
+        explained("quadratic", "eval", rates, draws=40, site_draws=0, label_draws=0, seed=s).totals
+        for s in range(8)
+    ]
+    plain = torch.tensor([t.plug_in * 40 / 39 - r for t in found])
+    assert torch.tensor([t.regulariser - r for t in found]).norm() < 0.3 * plain.norm()
 
 
 def test_draws_that_do_not_fit_are_kept_as_means_of_groups(monkeypatch):
