@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     p.add_argument("--quick", action="store_true", help="5 pairs of the smallest subject: a look")
     options = p.parse_args(arguments)
-    if min(options.pairs, options.threads, options.batch_size or 1) < 1:
+    if min(options.pairs, options.threads, 1 if options.batch_size is None else options.batch_size) < 1:
         p.error("--pairs, --threads and --batch-size are at least 1")
     if options.quick:
         options.pairs, options.subject = min(options.pairs, 5), options.subject[:1]

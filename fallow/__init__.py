@@ -12,6 +12,7 @@ from fallow.errors import (
     SiteError,
     UsageError,
 )
+from fallow.explaining import Explanation, SignalGrowth, explain, signal_growth
 from fallow.noise import StochasticDepth, stochastic_depth
 from fallow.planning import Plan, plan
 from fallow.surgery import Handle, Report, Site, Sites, apply, handle_of, sites
@@ -19,6 +20,7 @@ from fallow.surgery import Handle, Report, Site, Sites, apply, handle_of, sites
 __all__ = [
     "ArgumentError",
     "DataError",
+    "Explanation",
     "FallowError",
     "Handle",
     "MissingExtra",
@@ -26,6 +28,7 @@ __all__ = [
     "RateError",
     "Report",
     "RunError",
+    "SignalGrowth",
     "Site",
     "SiteError",
     "Sites",
@@ -33,10 +36,12 @@ __all__ = [
     "UsageError",
     "__version__",
     "apply",
+    "explain",
     "handle_of",
     "plan",
     "rates",
     "schedules",
+    "signal_growth",
     "sites",
     "stochastic_depth",
 ]

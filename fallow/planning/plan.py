@@ -56,9 +56,6 @@ class Plan(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __hash__(self) -> int:
-        return id(self)
-
     @property
     def expected_cost(self) -> float:
         """Expected share of the dense cost of a whole step, ``1 - sum c_l (1 - p_l)``, in ``cost_kind``."""

@@ -114,6 +114,8 @@ def _run(job: Job, folder: RunFolder, show: Show) -> None:
     try:
         _loop(job, folder, show)
         _finish(job, folder)
+        if job.config.rates == "sensemode" and not job.results["plans"]:
+            show.say("the rates stayed uniform: the run was too short to see every site")
     except Interrupted as stop:
         _note(job, folder, "interrupted", message=str(stop))
         raise
