@@ -174,18 +174,20 @@ def _look(group: Found, place: int, key: str) -> tuple[float, float | None]:
 
 
 def _penalty_words(found: Found, budget: float, place: int) -> str:
+    """Whose exact term is the larger: ratios in pairs of the same seed, which share data and weights."""
+
     def of(rule: str) -> dict[int, float]:
-        return {c.tags["seed"]: r["looks"][place]["exact"] for c, r in pick(found, budget=budget, rule=rule)}
+        mine = pick(found, budget=budget, rule=rule)
+        return {cell.tags["seed"]: math.log(result["looks"][place]["exact"]) for cell, result in mine}
 
     result = compared(of("uniform"), of("linear"))
     when = "at the start" if place == 0 else "at the end of training"
     if result is None:
         return f"r = {budget:g}, {when}: too few seeds to compare."
-    larger = "Uniform's" if result["difference"] > 0 else "Linear's"
-    how = f"{abs(result['apart']):.1f} standard errors over {result['seeds']} seeds"
-    if not is_shown(result):
-        return f"r = {budget:g}, {when}: no difference of the exact terms is shown ({how})."
-    return f"r = {budget:g}, {when}: {larger} exact term is the larger ({how})."
+    ratio, apart = math.exp(result["difference"]), abs(result["apart"])
+    said = f"r = {budget:g}, {when}: Uniform's exact term is {ratio:.2f} times Linear's"
+    how = f"{apart:.1f} standard errors from 1 over {result['seeds']} seeds"
+    return f"{said}, {how}{'' if is_shown(result) else ', so that no difference is shown'}."
 
 
 # --- F4 ---------------------------------------------------------------------------------------------------
@@ -364,7 +366,8 @@ def hypothesis(found: Found) -> Gathered:
         "ours.",
         f"Of {tested} comparisons on which it speaks, {counts['as it says']} come out as it says, "
         f"{counts['against it']} against it, {counts['not shown']} are not shown to be either: within "
-        f"{SHOWN:g} standard errors, or with a chance above {CHANCE:.0%} to be that far apart for nothing.",
+        f"{SHOWN:g} standard errors, or as far apart with a chance above {100 * CHANCE:g} % where nothing "
+        "differs.",
         *_against(rows),
     ]
     return gathered([], [table("Budget Hypothesis", [*columns], rows, note)], said)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from fallow.recipes import _hayou_gather as gather
 from fallow.recipes._experiments import Item, Known, Paper, Scale
+from fallow.recipes._hayou_cells import rates_of
 from fallow.recipes._hayou_sizes import BUDGET, by_scale, sensemode_cells
+
+
+def noise_mass(rule: str) -> float:
+    """Sum p (1 - p) of a rule over 16 blocks at mean rate 0.75."""
+    return sum(p * (1 - p) for p in rates_of(rule, 16, 0.75))
+
 
 _TOY_SETUP = (
     "The toys are this project's (theory notes, 5.6), not the paper's: its toy regression is not known.",
-    "In the toys the budget is the mean survival rate, as in the paper; sensitivities are means of absolute "
-    "gate gradients over the training samples at the full network, in a running mean, refreshed during "
-    "training; smallest rate 0.1. These choices are ours: the paper describes SenseMode in prose only.",
+    "In the toys the budget is the mean survival rate; sensitivities are means of absolute gate gradients "
+    "over the training samples at the full network, in a running mean, refreshed during training; smallest "
+    "rate 0.1. These choices are ours: according to a summary the paper describes SenseMode in prose only.",
 )
 _IMAGE_SETUP = (
     "With images the budget is the expected share of the FLOPs of a whole training step, what cannot rest "
@@ -21,7 +28,7 @@ _FEW = {
         "Far too small to tell small differences of errors apart: digits, twelve epochs, four seeds, 360 "
         "test images.",
     ),
-    "small": ("Subsets of 5,000 images, a few epochs, three seeds: the paper trains on all of CIFAR.",),
+    "small": ("Subsets of 5,000 images, a few epochs, three seeds; the paper used CIFAR-10 and CIFAR-100.",),
 }
 
 PAPER = Paper(
@@ -81,6 +88,12 @@ PAPER = Paper(
                     "Uniform has maximal regularisation at initialisation under a fixed budget",
                     "paper",
                     "its contribution (ii)",
+                ),
+                Known(
+                    "Uniform's noise mass over Linear's at r = 0.75, where all blocks weigh the same",
+                    "derived",
+                    "D7 with 16 blocks",
+                    noise_mass("uniform") / noise_mass("linear"),
                 ),
             ),
             differences={"": (_TOY_SETUP[0],)},
