@@ -228,10 +228,12 @@ def write_results(
     before = kept.get("provenance", {})
     ran = any(outcome.status == "done" for outcome in outcomes)
     remarks = list(dict.fromkeys([*before.get("remarks", []), *remarks]))
+    everything = paper.cells(paper.items, scale)
+    seeds = sorted({cell.tags["seed"] for cell in everything if "seed" in cell.tags})
     provenance = _provenance(command, remarks) if ran or not before else {**before, "remarks": remarks}
+    provenance["seeds"] = seeds
     failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
     items = [_gathered(item, scale, home) for item in paper.items if item.cells.get(scale)]
-    everything = paper.cells(paper.items, scale)
     done = sum(_is_done(cell, home) for cell in everything)
     results = {
         "schema": SCHEMA,

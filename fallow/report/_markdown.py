@@ -37,7 +37,7 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 def _scale(one: Sheet, results: dict[str, Any]) -> list[str]:
     provenance = get(results, "provenance")
-    keys = ("command", "fallow", "torch", "python", "hardware", "finished")
+    keys = ("command", "fallow", "torch", "python", "hardware", "seeds", "finished")
     words = [f"{key} {get(provenance, key)}" for key in keys if get(provenance, key)]
     lines = [f"## Scale {plain(one.scale)}", "", plain(one.about), "", f"*{plain('; '.join(words))}*", ""]
     lines += _bullets([*([one.warning] if one.warning else []), *one.remarks])
