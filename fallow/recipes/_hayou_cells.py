@@ -21,6 +21,8 @@ from fallow.recipes._batches import generator
 from fallow.recipes._toys import DenseResNet, Task, fit, teacher_task
 from fallow.surgery import Handle
 
+RULES = ("standard", "uniform", "linear", "sensemode")
+NAMES = {"standard": "Standard", "uniform": "Uniform", "linear": "Linear", "sensemode": "SenseMode"}
 Pieces = Callable[[str, Callable[[], Any]], Any]
 _MASKS_AT_ONCE = 512
 _GROUPS = 8  # of masks, for the standard error of a variance

@@ -55,6 +55,21 @@ def table(
     return {"caption": caption, "columns": list(columns), "rows": [list(row) for row in rows], "note": note}
 
 
+def gathered(panels: list[Any], tables: list[Any], statements: list[str]) -> dict[str, list[Any]]:
+    """What an item's `gather` returns."""
+    return {"panels": panels, "tables": tables, "statements": statements}
+
+
+def pick(found: Found, **tags: Any) -> list[tuple[Cell, Mapping[str, Any]]]:
+    """The cells with these tags."""
+    return [(c, r) for c, r in found if all(c.tags.get(key) == value for key, value in tags.items())]
+
+
+def values(found: Found, tag: str) -> list[Any]:
+    """The different values of a tag, in order."""
+    return sorted({cell.tags[tag] for cell, _ in found})
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and its standard error; None for the error of a single value."""
     mean = statistics.fmean(values)

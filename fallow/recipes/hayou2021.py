@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fallow.recipes import _hayou_gather as gather
+from fallow.recipes import _hayou_errors, _hayou_theory
 from fallow.recipes._experiments import Item, Known, Paper, Scale
 from fallow.recipes._hayou_cells import rates_of
 from fallow.recipes._hayou_sizes import BUDGET, by_scale, sensemode_cells
@@ -43,7 +43,7 @@ PAPER = Paper(
             "lines, simulation as points, for the vanilla net and the one scaled by 1/√L (figure type F1 of "
             "the notes).",
             by_scale("growth"),
-            gather.growth,
+            _hayou_theory.growth,
             known=(
                 Known("growth rate without stochastic depth", "derived", "D8, vanilla net", 2.0),
                 Known("growth rate of Uniform, 1 + r", "derived", "D8, vanilla net, r = 0.7", 1 + BUDGET),
@@ -66,7 +66,7 @@ PAPER = Paper(
             "Histogram of one unit of the last layer over masks with the Gaussian beside it, for growing "
             "depth, before and after training (F2).",
             by_scale("law"),
-            gather.law,
+            _hayou_theory.law,
             known=(
                 Known(
                     "in the large-depth limit stochastic depth mimics Gaussian noise injection",
@@ -82,7 +82,7 @@ PAPER = Paper(
             "Regularisation term over training",
             "Σ p(1−p) g over training for Uniform and Linear at equal budget (F3), beside the exact term.",
             by_scale("penalty"),
-            gather.penalty,
+            _hayou_theory.penalty,
             known=(
                 Known(
                     "Uniform has maximal regularisation at initialisation under a fixed budget",
@@ -103,7 +103,7 @@ PAPER = Paper(
             "SenseMode's rates over the blocks",
             "Survival rates at the end of training, a curve a budget (F4).",
             sensemode_cells(),
-            gather.sense_rates,
+            _hayou_errors.sense_rates,
             differences={"": (*_TOY_SETUP, *_IMAGE_SETUP)},
         ),
         Item(
@@ -112,7 +112,7 @@ PAPER = Paper(
             "Test error of Uniform, Linear and SenseMode at several budgets, with standard errors over seeds "
             "(F5). Linear has no rates for small budgets.",
             by_scale("toys", "images"),
-            gather.errors,
+            _hayou_errors.errors,
             differences={"": (*_TOY_SETUP, *_IMAGE_SETUP), **_FEW},
         ),
         Item(
@@ -120,7 +120,7 @@ PAPER = Paper(
             "Training curves",
             "Validation error over epochs at the smallest and the largest budget (F5).",
             by_scale("images"),
-            gather.curves,
+            _hayou_errors.curves,
             differences={"": _IMAGE_SETUP, **_FEW},
         ),
         Item(
@@ -128,7 +128,7 @@ PAPER = Paper(
             "The Budget Hypothesis, tested",
             "Which rule is better at each budget, and by how many standard errors.",
             by_scale("toys", "images"),
-            gather.hypothesis,
+            _hayou_errors.hypothesis,
             known=(
                 Known("there is a Budget Hypothesis, and it is tested", "paper", "its contribution (iv)"),
                 Known("its content as stated below", "memory", "theory notes, 4.2"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import fallow
 from fallow import rates
 from fallow.planning.allocate import MINIMUM_RATE
-from fallow.recipes import _hayou_cells, _hayou_gather, _hayou_sizes, _panels, _toys, shelf
+from fallow.recipes import _hayou_cells, _hayou_errors, _hayou_sizes, _panels, _toys, shelf
 from fallow.recipes._batches import generator
 from fallow.recipes._cells import _config
 from fallow.recipes._experiments import Cell
@@ -241,7 +241,7 @@ def test_nothing_within_two_standard_errors_or_likely_by_chance_is_shown():
     assert _panels.verdict(found(4.0, 0.03), "A", "B") == "A better"
     assert _panels.verdict(found(4.0, 0.03, 1), "A", "B") == "B better"
     assert _panels.verdict(None, "A", "B") == "too few seeds"
-    judge = _hayou_gather.judge
+    judge = _hayou_errors.judge
     assert judge("sensemode", 0.3, found(4, 0.01)) == "as it says"
     assert judge("sensemode", 0.3, found(4, 0.01, 1)) == "against it"
     assert judge("sensemode", 0.9, found(4, 0.01)) == "against it"
@@ -265,7 +265,7 @@ def _toy_results(better: float) -> list[tuple[Cell, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("better", "small", "large"), [(-0.5, "as it says", "against it"), (0.0, "", "")])
 def test_the_table_of_the_hypothesis_says_where_it_fails(better: float, small: str, large: str):
-    gathered = _hayou_gather.hypothesis(_toy_results(better))
+    gathered = _hayou_errors.hypothesis(_toy_results(better))
     rows = {(row[0], row[1]): row for row in gathered["tables"][0]["rows"]}
     assert rows["toy, 0.3", "SenseMode − Uniform"][-1] == (small or "not shown")
     assert rows["toy, 0.9", "SenseMode − Uniform"][-1] == (large or "not shown")
@@ -275,13 +275,13 @@ def test_the_table_of_the_hypothesis_says_where_it_fails(better: float, small: s
 
 
 def test_rates_are_shown_with_the_planted_blocks_first():
-    gathered = _hayou_gather.sense_rates(_toy_results(0.0))
+    gathered = _hayou_errors.sense_rates(_toy_results(0.0))
     assert gathered["tables"][0]["rows"][0] == [0.3, 0.9, 0.2, 0.3]
     assert "in 4 of 4 seeds no other block" in gathered["statements"][0]
 
 
 def test_error_tables_hold_means_and_standard_errors():
-    gathered = _hayou_gather.errors(_toy_results(0.0))
+    gathered = _hayou_errors.errors(_toy_results(0.0))
     rows = gathered["tables"][0]["rows"]
     assert [row[0] for row in rows] == ["0.3", "0.9", "Standard"]
     assert rows[0][3:5] == [None, None]  # no Linear there
