@@ -259,7 +259,8 @@ class SmallViT(nn.Module):
         if tuple(x.shape[2:]) != self.size:
             got, want = "x".join(map(str, x.shape[2:])), "x".join(map(str, self.size))
             raise UsageError(f"this SmallViT takes {want} images, got {got}: build it with image={got}.")
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        # Laid out token by token: the stream would keep the transposed layout through every block.
+        tokens = self.patches(x).flatten(2).transpose(1, 2).contiguous() + self.positions
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 

@@ -7,8 +7,6 @@ pass over memory on the way out, and scattered rows are gathered and added on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +55,26 @@ class Selection:
         runs = [(0, self.start), (end, self.total - end)]
         return [(first, length) for first, length in runs if length]
 
+    def parts(self, x: Tensor, dim: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of a tensor of the whole batch: the window's runs in its own order, and the rows outside."""
+        end = self.start + self.count
+        if end > self.total:
+            sizes = [end - self.total, self.total - self.count, self.total - self.start]
+            tail, rest, head = x.split_with_sizes(sizes, dim)
+            return [head, tail], [rest]
+        before, kept, after = x.split_with_sizes([self.start, self.count, self.total - end], dim)
+        return [kept], [t for t, n in ((before, self.start), (after, self.total - end)) if n]
+
+    def halves(self, z: Tensor, dim: int) -> list[Tensor]:
+        """Views of a tensor of the kept rows: the window's runs."""
+        head = self.total - self.start
+        return [z] if self.count <= head else list(z.split_with_sizes([head, self.count - head], dim))
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the kept rows lie apart in memory, so that taking them copies."""
+        return self.index is not None or self.start + self.count > self.total
+
 
 def select_mask(mask: Tensor) -> Selection:
     """The selection of the True rows of a bool tensor [rows]."""
@@ -65,20 +83,23 @@ def select_mask(mask: Tensor) -> Selection:
 
 
 def take(x: Tensor, selection: Selection, dim: int = 0) -> Tensor:
-    """The kept rows of ``x`` along ``dim``, differentiable; a window that does not wrap is a view.
+    """The kept rows of ``x`` along ``dim``, differentiable; a window that does not wrap shares x's memory.
 
     Shape:
         x: ``selection.total`` along ``dim``; result: ``selection.count`` along ``dim``, same layout.
     """
-    if selection.index is not None:
-        return _gather(x, selection.index, dim)
-    pieces = selection.pieces()
-    if len(pieces) > 1:
-        return _TakeWindow.apply(x, selection, dim)  # pyright: ignore[reportReturnType]
-    # The gradient of a plain narrow is contiguous whatever the layout, and adding it up is then slow.
-    order = _flat_order(x) or list(range(x.dim()))
-    back = [order.index(d) for d in range(x.dim())]
-    return x.permute(order).narrow(order.index(dim), *pieces[0][:2]).permute(back)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Take.apply(x, selection, dim)  # pyright: ignore[reportReturnType]
+    return copied(x, selection, dim)
+
+
+def spread(z: Tensor, selection: Selection, dim: int = 0) -> Tensor:
+    """Rows back in their places, zeros elsewhere: the gradient of `take`, differentiable.
+
+    Shape:
+        z: ``selection.count`` along ``dim``; result: ``selection.total`` along ``dim``, same layout.
+    """
+    return _Spread.apply(z, selection, dim)  # pyright: ignore[reportReturnType]
 
 
 def add(x: Tensor, z: Tensor, selection: Selection, scale: float = 1.0, dim: int = 0) -> Tensor:
@@ -103,43 +124,30 @@ def add_(x: Tensor, z: Tensor, selection: Selection, scale: float = 1.0, dim: in
     return x.index_add_(dim, index, z.to(x.dtype), alpha=scale)
 
 
-@contextmanager
-def saved_as_rows(x: Tensor, taken: Tensor, selection: Selection, dim: int = 0) -> Iterator[None]:
-    """Inside, what backward needs of the copy ``taken = take(x, ...)`` is kept as x and taken again then.
-
-    For an x that is kept anyway (the ReLU that made it keeps it): the copy would be memory on top of it.
-    Nothing happens where something else decides how tensors are saved (activation checkpointing).
-    """
-    where, version, whole = _memory(taken), x._version, x.detach()
-    if taken.data_ptr() == x.data_ptr() or _other_hooks():
-        yield
-        return
-
-    def pack(t: Tensor) -> Tensor | None:
-        return None if _memory(t) == where else t
-
-    def unpack(t: Tensor | None) -> Tensor:
-        if t is not None:
-            return t
-        if x._version != version:
-            raise RuntimeError("the input of a branch was written into before its backward")
-        return take(whole, selection, dim)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+def copied(x: Tensor, selection: Selection, dim: int = 0) -> Tensor:
+    """The kept rows outside of any graph: the memory of x or a copy."""
+    if selection.index is not None:
+        return _gather(x.detach(), selection.index, dim)
+    if not selection.scattered:
+        return x.narrow(dim, selection.start, selection.count).detach()
+    pieces, _ = selection.parts(x, dim)
+    if has_plain_layout(x):
+        return torch.cat(pieces, dim)  # of channels_last tensors it is one too
+    out = _like(x, selection.count, dim)
+    for half, piece in zip(selection.halves(out, dim), pieces, strict=True):
+        half.copy_(piece)
+    return out
 
 
-def _other_hooks() -> bool:
-    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None
-
-
-def _memory(t: Tensor) -> tuple:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, t._version
+def has_plain_layout(x: Tensor) -> bool:
+    """Whether x is contiguous or channels_last, which torch's operations keep."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _flat_order(x: Tensor) -> list[int] | None:
     """The order of dimensions in which ``x`` is contiguous, or None where there is none (a strided view)."""
+    if x.is_contiguous():
+        return list(range(x.dim()))
     order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
     return order if x.permute(order).is_contiguous() else None
 
@@ -155,38 +163,38 @@ def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def _like(x: Tensor, count: int, dim: int) -> Tensor:
     """New memory in the layout of ``x`` for another number of rows."""
+    if has_plain_layout(x):
+        shape = [count if d == dim else n for d, n in enumerate(x.shape)]
+        how = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=how)
     order = _flat_order(x) or list(range(x.dim()))
     shape = [count if d == dim else x.shape[d] for d in order]
     return x.new_empty(shape).permute([order.index(d) for d in range(x.dim())])
 
 
-class _TakeWindow(torch.autograd.Function):
-    """A window that wraps: one copy on the way in, one buffer on the way back."""
-
+class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, selection: Selection, dim: int) -> Tensor:  # type: ignore[override]
         ctx.selection, ctx.dim = selection, dim
-        out = _like(x, selection.count, dim)
-        for first, length, at in selection.pieces():
-            out.narrow(dim, at, length).copy_(x.narrow(dim, first, length))
-        return out
+        return copied(x, selection, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _Spread.apply(grad, ctx.selection, ctx.dim), None, None
+        return spread(grad, ctx.selection, ctx.dim), None, None
 
 
 class _Spread(torch.autograd.Function):
-    """Rows back to their places, zeros elsewhere: the gradient of `_TakeWindow`, which is the one of this."""
-
     @staticmethod
     def forward(ctx, grad: Tensor, selection: Selection, dim: int) -> Tensor:  # type: ignore[override]
         ctx.selection, ctx.dim = selection, dim
         out = _like(grad, selection.total, dim)
-        for first, length, at in selection.pieces():
-            out.narrow(dim, first, length).copy_(grad.narrow(dim, at, length))
-        for first, length in selection.rest():
-            out.narrow(dim, first, length).zero_()
+        if selection.index is not None:
+            return out.zero_().index_copy_(dim, selection.index.to(grad.device), grad)
+        kept, rest = selection.parts(out, dim)
+        for piece, half in zip(kept, selection.halves(grad, dim), strict=True):
+            piece.copy_(half)
+        for piece in rest:
+            piece.zero_()
         return out
 
     @staticmethod
@@ -202,15 +210,11 @@ class _AddRows(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, z.dtype)
         if selection.index is None:
             out = torch.empty_like(x, dtype=dtype)
-            for first, length, at in selection.pieces():
-                torch.add(
-                    x.narrow(dim, first, length),
-                    z.narrow(dim, at, length),
-                    alpha=scale,
-                    out=out.narrow(dim, first, length),
-                )
-            for first, length in selection.rest():
-                out.narrow(dim, first, length).copy_(x.narrow(dim, first, length))
+            (to, untouched), (old, others) = selection.parts(out, dim), selection.parts(x, dim)
+            for piece, before, half in zip(to, old, selection.halves(z, dim), strict=True):
+                torch.add(before, half, alpha=scale, out=piece)
+            for piece, before in zip(untouched, others, strict=True):
+                piece.copy_(before)
             return out
         out = x.to(dtype) if dtype != x.dtype else x.clone()
         index, order = (selection.index.to(x.device), _flat_order(out) or list(range(out.dim())))
@@ -225,10 +229,22 @@ class _AddRows(torch.autograd.Function):
         grad_z = None
         if ctx.needs_input_grad[1]:
             if ctx.scale == 1:  # no pass over memory where the window does not wrap
-                grad_z = take(grad, ctx.selection, ctx.dim).to(z_dtype)
+                grad_z = take(grad, ctx.selection, ctx.dim)
+            elif torch.is_grad_enabled():
+                grad_z = _TakeScaled.apply(grad, ctx.selection, ctx.scale, ctx.dim)
             else:
-                grad_z = _TakeScaled.apply(grad, ctx.selection, ctx.scale, ctx.dim).to(z_dtype)
+                grad_z = _scaled(grad, ctx.selection, ctx.scale, ctx.dim)
+            grad_z = grad_z.to(z_dtype)
         return grad_x, grad_z, None, None, None
+
+
+def _scaled(x: Tensor, selection: Selection, scale: float, dim: int) -> Tensor:
+    if selection.index is not None:
+        return _gather(x, selection.index, dim).mul_(scale)
+    out = _like(x, selection.count, dim)
+    for half, piece in zip(selection.halves(out, dim), selection.parts(x, dim)[0], strict=True):
+        torch.mul(piece, scale, out=half)
+    return out
 
 
 class _TakeScaled(torch.autograd.Function):
@@ -237,12 +253,7 @@ class _TakeScaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, selection: Selection, scale: float, dim: int) -> Tensor:  # type: ignore[override]
         ctx.selection, ctx.scale, ctx.dim = selection, scale, dim
-        if selection.index is not None:
-            return _gather(x, selection.index, dim).mul_(scale)
-        out = _like(x, selection.count, dim)
-        for first, length, at in selection.pieces():
-            torch.mul(x.narrow(dim, first, length), scale, out=out.narrow(dim, at, length))
-        return out
+        return _scaled(x, selection, scale, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

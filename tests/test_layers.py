@@ -20,6 +20,7 @@ FLOORS = {
     "fallow.masks": 1,
     "fallow.rows": 1,
     "fallow.feed": 1,
+    "fallow.saved": 2,
     "fallow.kernels": 1,
     "fallow.noise": 2,
     "fallow.penalties": 2,

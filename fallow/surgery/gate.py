@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from fallow.rows import saved_as_rows, take
+from fallow.rows import take
+from fallow.saved import saved_as_rows
 from fallow.surgery.branch import BranchState, Run
 from fallow.surgery.found import Role
 from fallow.surgery.standin import Rows, rest, unwrap, wrap
