@@ -220,7 +220,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 0 if every bound holds, else 1."""
+    """Measure, print, write; 0 if every bound from measured shares holds, else 1."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     # oneDNN keeps 1024 compiled kernels, one for each shape. A row-mode model needs hundreds, a dozen
@@ -237,14 +237,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(results[-1])
         if options.json is not None:  # after every case, so that an interrupted run keeps what it has
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    failed = [
-        f"{Case(**r['case'])}: {c['arm']}, {c['what']}"
-        for r in results
-        for c in r["checks"]
-        if not c["holds"]
-    ]
+    failed = _failed(results, "measured_holds")
     print("every bound holds" if not failed else "bounds that fail: " + "; ".join(failed))
+    if beyond := _failed(results, "holds"):
+        print("beyond the ideal of counted FLOPs, of which README.md here speaks: " + "; ".join(beyond))
     return 1 if failed else 0
+
+
+def _failed(results: list[dict[str, Any]], which: str) -> list[str]:
+    return [
+        f"{Case(**r['case'])}: {c['arm']}, {c['what']}" for r in results for c in r["checks"] if not c[which]
+    ]
 
 
 if __name__ == "__main__":
