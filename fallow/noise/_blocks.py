@@ -1,0 +1,216 @@
+"""Where DropBlock's blocks lie: a Poisson number of seeds on a padded grid, and what each of them covers.
+
+A grid has, for every map (one channel of one sample), cells in which a seed may lie; a seed drops the block
+of its cell, cut to the map. Sliding: one cell for every place of a block that meets the map, `size + block -
+1` an axis, so every position, at the border too, is covered by exactly ``block ** n`` cells. Disjoint: one
+cell for each block of a tiling from the origin, so every position is covered by one.
+
+The law. The number of seeds is Poisson with mean ``cells * lam``, and each lies in a uniformly drawn cell,
+with repetition. Splitting a Poisson number over cells makes the counts of the cells independent Poisson
+numbers of mean lam; with ``lam = -log(p) / cover`` a cell has a seed with probability ``g = 1 - exp(-lam) =
+1 - p^(1/cover)``, independently of all others, and a position is kept with probability ``exp(-lam cover) =
+p``. So the draw is that of one Bernoulli number a cell, exactly, at the cost of the seeds alone. [derived]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Runs (rows of blocks) written at a time where the tensor is small; more of them in large tensors.
+_RUNS = 1 << 16
+# Seeds an element above which a mask is cheaper to keep than the seeds; writes above which it is cheaper to
+# draw every cell and to dilate.
+_SEEDS, _WRITES, _PADDING = 0.02, 2.0, 4.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cells of the last axis whose blocks, cut to the map, are equally wide: ``start = offset + i step``."""
+
+    width: int
+    count: int
+    step: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of one map and the survival rate.
+
+    Attributes:
+        sizes: of the map, one to three.
+        block: its side.
+        disjoint: blocks tile the map, or may lie anywhere.
+        rate: p in (0, 1).
+    """
+
+    sizes: tuple[int, ...]
+    block: int
+    disjoint: bool
+    rate: float
+
+    def axis(self, size: int) -> int:
+        """Cells along an axis."""
+        return -(-size // self.block) if self.disjoint else size + self.block - 1
+
+    @property
+    def cells(self) -> int:
+        """Cells of a map."""
+        return math.prod(map(self.axis, self.sizes))
+
+    @property
+    def cover(self) -> int:
+        """Cells whose block covers a position, the same for each."""
+        return 1 if self.disjoint else self.block ** len(self.sizes)
+
+    @property
+    def intensity(self) -> float:
+        """lam, the mean number of seeds in a cell."""
+        return -math.log(self.rate) / self.cover
+
+    @property
+    def seeds(self) -> float:
+        """Mean number of seeds an element."""
+        return self.cells * self.intensity / math.prod(self.sizes)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether seeds take less room than a mask."""
+        return self.seeds <= _SEEDS
+
+    @property
+    def dense(self) -> bool:
+        """Whether drawing every cell is cheaper than writing every block."""
+        block = math.prod(min(self.block, size) for size in self.sizes)
+        return self.seeds * block > _WRITES and self.cells <= _PADDING * math.prod(self.sizes)
+
+    def columns(self) -> list[Columns]:
+        """The cells of the last axis by width: the whole blocks, then those cut by either border."""
+        size, block = self.sizes[-1], self.block
+        if self.disjoint:
+            whole, rest = divmod(size, block)
+            parts = [Columns(block, whole, block), Columns(rest, 1, 0, whole * block)]
+            return [part for part in parts if part.width and part.count]
+        full = min(size, block)
+        cut = [Columns(width, 2, size - width) for width in range(1, full)]
+        return [Columns(full, abs(size - block) + 1, int(size >= block)), *cut]
+
+    def table(self, axis: int, stride: int, device: torch.device) -> Tensor:
+        """Offsets of the positions of every cell of an axis; a cut block repeats its last one."""
+        size, block = self.sizes[axis], self.block
+        first = torch.arange(self.axis(size), device=device)
+        first = first * block if self.disjoint else first - (block - 1)
+        last = (first + (block - 1)).clamp_(max=size - 1)
+        steps = torch.arange(min(size, block), device=device)
+        return torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * stride
+
+    def chunks(self, planes: int) -> Iterator[tuple[int, int]]:
+        """First map and number of maps of parts whose runs take little memory beside the tensor."""
+        runs = self.seeds * math.prod(self.sizes) * math.prod(min(self.block, s) for s in self.sizes[:-1])
+        limit = max(_RUNS, planes * math.prod(self.sizes) // 64)
+        step = max(int(limit / max(runs, 1e-30)), 1) if runs * planes > limit else max(planes, 1)
+        for first in range(0, planes, step):
+            yield first, min(step, planes - first)
+
+
+def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
+    """Seeds of that many maps: for each of `Grid.columns` the cells, numbered (map, other axes, column).
+
+    With a generator both the numbers and the cells of the seeds come from it. Without one the numbers come
+    from the default CPU generator and the cells from the tensor's device, which need not wait for each other.
+    """
+    others = planes * math.prod(map(grid.axis, grid.sizes[:-1]))
+    cells = [others * part.count for part in grid.columns()]
+    host = generator.device if generator is not None else torch.device("cpu")
+    place = host if generator is not None or device.type != "cuda" else device
+    means = torch.tensor([count * grid.intensity for count in cells], dtype=torch.float64, device=host)
+    counts = [int(count) for count in torch.poisson(means, generator).tolist()]
+    # 53 bits: randint's remainder of 32 bits would prefer low cells
+    uniform = torch.rand(sum(counts), dtype=torch.float64, device=place, generator=generator)
+    drawn = uniform.to(device).split(counts)
+    return [(part * count).long() for part, count in zip(drawn, cells, strict=True)]
+
+
+def erase(target: Tensor, grid: Grid, seeds: Sequence[Tensor], first: int = 0, value: float = 0) -> None:
+    """Write `value` into the blocks of the seeds.
+
+    Args:
+        target: a dense tensor (rows, channels, *sizes) of any layout.
+        grid: the cells of its maps.
+        seeds: from `draw`.
+        first: the number of the map that the seeds call 0.
+        value: what to write.
+    """
+    stride = target.stride()
+    tables = [
+        grid.table(axis, stride[axis + 2], target.device).contiguous() for axis in range(len(grid.sizes) - 1)
+    ]
+    for part, cell in zip(grid.columns(), seeds, strict=True):
+        if cell.numel():
+            runs = _runs(cell, part, tables, target, first)
+            # a run's start, then its positions one after the other, wherever the run starts
+            length = target.numel() - (part.width - 1) * stride[-1]
+            view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
+            view.index_fill_(0, runs, value)
+
+
+def _runs(cell: Tensor, part: Columns, tables: Sequence[Tensor], target: Tensor, first: int) -> Tensor:
+    """Where each row of each block starts in the memory of the target."""
+    stride, channels = target.stride(), target.shape[1]
+    offsets = []
+    column, rest = _split(cell, part.count)
+    for table in reversed(tables):
+        index, rest = _split(rest, table.shape[0])
+        offsets.append(table.index_select(0, index))
+    channel, row = _split(rest + first if first else rest, channels)
+    start = row * stride[0] + channel * stride[1]
+    start = start + (column * (part.step * stride[-1]) + part.offset * stride[-1])
+    for offset in offsets:
+        start = start.unsqueeze(-1) + offset.reshape(len(cell), *(1,) * (start.dim() - 1), -1)
+    return start.reshape(-1)
+
+
+def _split(number: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """The last digit in that base, and the rest."""
+    rest = torch.div(number, base, rounding_mode="floor")
+    return number - rest * base, rest
+
+
+def dropped(
+    shape: Sequence[int], grid: Grid, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """A bool tensor of that shape, True where a block lies."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=device)
+    planes = shape[0] * shape[1]
+    if not mask.numel():
+        return mask
+    for first, count in grid.chunks(planes):
+        if grid.dense:
+            mask.view(planes, *grid.sizes)[first : first + count] = _dilated(grid, count, device, generator)
+        else:
+            erase(mask, grid, draw(grid, count, device, generator), first, True)
+    return mask
+
+
+def _dilated(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """The same law with a number for every cell: seeds, then each axis widened to blocks."""
+    place = device if generator is None else generator.device
+    seeds = torch.empty((planes, *map(grid.axis, grid.sizes)), dtype=torch.uint8, device=place)
+    seeds = seeds.bernoulli_(-math.expm1(-grid.intensity), generator=generator).to(device)
+    for axis, size in enumerate(grid.sizes, start=1):
+        if grid.disjoint:
+            index = torch.div(torch.arange(size, device=device), grid.block, rounding_mode="floor")
+            seeds = seeds.index_select(axis, index)
+            continue
+        reach = 1  # cells that each number stands for by now; doubling takes log2(block) passes
+        while reach < grid.block:
+            step = min(reach, grid.block - reach)
+            length = seeds.shape[axis] - step
+            seeds = seeds.narrow(axis, 0, length) | seeds.narrow(axis, step, length)
+            reach += step
+    return seeds.bool()
