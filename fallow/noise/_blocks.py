@@ -14,6 +14,7 @@ p``. So the draw is that of one Bernoulli number a cell, exactly, at the cost of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Runs (rows of blocks) written at a time where the tensor is small; more of them in large tensors.
+# Rows of blocks written at a time where the tensor is small; more of them in large tensors.
 _RUNS = 1 << 16
-# Seeds an element above which a mask is cheaper to keep than the seeds; writes above which it is cheaper to
-# draw every cell and to dilate.
+# Below so many seeds, few and small operations count more than few and long writes.
+_FEW = 4096
+# Seeds an element above which a mask is cheaper to keep than the seeds; writes an element above which it is
+# cheaper to draw every cell and to dilate, unless the cells are many times the elements.
 _SEEDS, _WRITES, _PADDING = 0.02, 2.0, 4.0
 
 
@@ -40,19 +43,21 @@ class Columns:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of one map and the survival rate.
+    """The cells of a tensor's maps and the survival rate.
 
     Attributes:
-        sizes: of the map, one to three.
+        sizes: of a map, one to three.
         block: its side.
         disjoint: blocks tile the map, or may lie anywhere.
         rate: p in (0, 1).
+        planes: how many maps.
     """
 
     sizes: tuple[int, ...]
     block: int
     disjoint: bool
     rate: float
+    planes: int
 
     def axis(self, size: int) -> int:
         """Cells along an axis."""
@@ -89,9 +94,16 @@ class Grid:
         block = math.prod(min(self.block, size) for size in self.sizes)
         return self.seeds * block > _WRITES and self.cells <= _PADDING * math.prod(self.sizes)
 
+    @property
+    def few(self) -> bool:
+        """Whether all cells are one class, written number by number."""
+        return self.planes * self.cells * self.intensity < _FEW
+
     def columns(self) -> list[Columns]:
         """The cells of the last axis by width: the whole blocks, then those cut by either border."""
         size, block = self.sizes[-1], self.block
+        if self.few:
+            return [Columns(1, 1, 0)]
         if self.disjoint:
             whole, rest = divmod(size, block)
             parts = [Columns(block, whole, block), Columns(rest, 1, 0, whole * block)]
@@ -100,22 +112,19 @@ class Grid:
         cut = [Columns(width, 2, size - width) for width in range(1, full)]
         return [Columns(full, abs(size - block) + 1, int(size >= block)), *cut]
 
-    def table(self, axis: int, stride: int, device: torch.device) -> Tensor:
-        """Offsets of the positions of every cell of an axis; a cut block repeats its last one."""
-        size, block = self.sizes[axis], self.block
-        first = torch.arange(self.axis(size), device=device)
-        first = first * block if self.disjoint else first - (block - 1)
-        last = (first + (block - 1)).clamp_(max=size - 1)
-        steps = torch.arange(min(size, block), device=device)
-        return torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * stride
+    @property
+    def tabled(self) -> tuple[int, ...]:
+        """Axes whose cells are looked up; `columns` are of the last one, or of none."""
+        return self.sizes if self.few else self.sizes[:-1]
 
-    def chunks(self, planes: int) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         """First map and number of maps of parts whose runs take little memory beside the tensor."""
-        runs = self.seeds * math.prod(self.sizes) * math.prod(min(self.block, s) for s in self.sizes[:-1])
-        limit = max(_RUNS, planes * math.prod(self.sizes) // 64)
-        step = max(int(limit / max(runs, 1e-30)), 1) if runs * planes > limit else max(planes, 1)
-        for first in range(0, planes, step):
-            yield first, min(step, planes - first)
+        elements = math.prod(self.sizes)
+        runs = self.seeds * elements * math.prod(min(self.block, size) for size in self.tabled)
+        limit = max(_RUNS, self.planes * elements // 64)
+        step = self.planes if runs * self.planes <= limit else max(int(limit / runs), 1)
+        for first in range(0, self.planes, max(step, 1)):
+            yield first, min(step, self.planes - first)
 
 
 def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
@@ -124,7 +133,7 @@ def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generat
     With a generator both the numbers and the cells of the seeds come from it. Without one the numbers come
     from the default CPU generator and the cells from the tensor's device, which need not wait for each other.
     """
-    others = planes * math.prod(map(grid.axis, grid.sizes[:-1]))
+    others = planes * math.prod(map(grid.axis, grid.tabled))
     cells = [others * part.count for part in grid.columns()]
     host = generator.device if generator is not None else torch.device("cpu")
     place = host if generator is not None or device.type != "cuda" else device
@@ -148,7 +157,8 @@ def erase(target: Tensor, grid: Grid, seeds: Sequence[Tensor], first: int = 0, v
     """
     stride = target.stride()
     tables = [
-        grid.table(axis, stride[axis + 2], target.device).contiguous() for axis in range(len(grid.sizes) - 1)
+        _table(size, grid.axis(size), grid.block, grid.disjoint, step, target.device)
+        for size, step in zip(grid.tabled, stride[2:], strict=False)
     ]
     for part, cell in zip(grid.columns(), seeds, strict=True):
         if cell.numel():
@@ -159,48 +169,58 @@ def erase(target: Tensor, grid: Grid, seeds: Sequence[Tensor], first: int = 0, v
             view.index_fill_(0, runs, value)
 
 
+@functools.lru_cache(64)
+def _table(size: int, cells: int, block: int, disjoint: bool, step: int, device: torch.device) -> Tensor:
+    """Offsets of the positions of every cell of an axis; a cut block repeats its last one."""
+    with torch.inference_mode(False):  # kept for later calls, which may be of another mode
+        first = torch.arange(cells, device=device)
+        first = first * block if disjoint else first - (block - 1)
+        last = (first + (block - 1)).clamp_(max=size - 1)
+        steps = torch.arange(min(size, block), device=device)
+        return torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * step
+
+
 def _runs(cell: Tensor, part: Columns, tables: Sequence[Tensor], target: Tensor, first: int) -> Tensor:
     """Where each row of each block starts in the memory of the target."""
     stride, channels = target.stride(), target.shape[1]
-    offsets = []
-    column, rest = _split(cell, part.count)
+    start, offsets = part.offset * stride[-1], []
+    if part.count > 1:
+        cell, column = _split(cell, part.count)
+        start = column * (part.step * stride[-1]) + start
     for table in reversed(tables):
-        index, rest = _split(rest, table.shape[0])
+        cell, index = _split(cell, table.shape[0])
         offsets.append(table.index_select(0, index))
-    channel, row = _split(rest + first if first else rest, channels)
-    start = row * stride[0] + channel * stride[1]
-    start = start + (column * (part.step * stride[-1]) + part.offset * stride[-1])
+    plane = cell + first if first else cell
+    if channels == 1 or stride[0] == channels * stride[1]:
+        start = plane * stride[0 if channels == 1 else 1] + start
+    else:
+        row, channel = _split(plane, channels)
+        start = row * stride[0] + channel * stride[1] + start
     for offset in offsets:
         start = start.unsqueeze(-1) + offset.reshape(len(cell), *(1,) * (start.dim() - 1), -1)
     return start.reshape(-1)
 
 
 def _split(number: Tensor, base: int) -> tuple[Tensor, Tensor]:
-    """The last digit in that base, and the rest."""
-    rest = torch.div(number, base, rounding_mode="floor")
-    return number - rest * base, rest
+    """The number without its last digit in that base, and this digit."""
+    return torch.div(number, base, rounding_mode="floor"), number % base
 
 
-def dropped(
-    shape: Sequence[int], grid: Grid, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """A bool tensor of that shape, True where a block lies."""
-    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=device)
-    planes = shape[0] * shape[1]
-    if not mask.numel():
-        return mask
-    for first, count in grid.chunks(planes):
+def paint(target: Tensor, grid: Grid, generator: torch.Generator | None, value: float = 0) -> Tensor:
+    """Write `value` into the blocks of a fresh draw, and return the contiguous target."""
+    for first, count in grid.chunks() if target.numel() else ():
         if grid.dense:
-            mask.view(planes, *grid.sizes)[first : first + count] = _dilated(grid, count, device, generator)
+            mask = _dilated(grid, count, target.device, generator)
+            target.view(-1, *grid.sizes)[first : first + count].masked_fill_(mask, value)
         else:
-            erase(mask, grid, draw(grid, count, device, generator), first, True)
-    return mask
+            erase(target, grid, draw(grid, count, target.device, generator), first, value)
+    return target
 
 
 def _dilated(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """The same law with a number for every cell: seeds, then each axis widened to blocks."""
+    """True in the blocks, by the same law: a number for every cell, then each axis widened to blocks."""
     place = device if generator is None else generator.device
-    seeds = torch.empty((planes, *map(grid.axis, grid.sizes)), dtype=torch.uint8, device=place)
+    seeds = torch.empty((planes, *map(grid.axis, grid.sizes)), dtype=torch.bool, device=place)
     seeds = seeds.bernoulli_(-math.expm1(-grid.intensity), generator=generator).to(device)
     for axis, size in enumerate(grid.sizes, start=1):
         if grid.disjoint:
@@ -213,4 +233,4 @@ def _dilated(grid: Grid, planes: int, device: torch.device, generator: torch.Gen
             length = seeds.shape[axis] - step
             seeds = seeds.narrow(axis, 0, length) | seeds.narrow(axis, step, length)
             reach += step
-    return seeds.bool()
+    return seeds

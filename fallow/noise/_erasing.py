@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fallow.noise._blocks import Grid, erase
 
-# Elements that an inner loop should run over before the loop's own cost disappears.
-_INNER = 2048
-
 
 def scaled(x: Tensor, factor: float, grid: Grid, seeds: list[Tensor]) -> Tensor:
     """``factor * x`` with zeros in the blocks of the seeds; they alone are kept for the gradient."""
@@ -41,22 +38,32 @@ class _Sparse(torch.autograd.Function):
         return _Sparse.apply(tangents[0], ctx.factor, ctx.grid, *ctx.saved_tensors)
 
 
-def masked(x: Tensor, factor: float, dropped: Tensor) -> Tensor:
-    """``factor * x`` with zeros where ``dropped``; it has x's shape, or one channel for all."""
-    if dropped.shape == x.shape:
-        return (x * factor).masked_fill_(dropped, 0)
-    return _Shared.apply(x, factor, dropped)  # pyright: ignore[reportReturnType]
+def shared(x: Tensor, factor: float, kept: Tensor) -> Tensor:
+    """``factor * x * kept``, where ``kept`` holds 0 and 1 in x's dtype and one channel for all.
+
+    One pass over x. (An infinite x that is dropped becomes NaN, as in torch's dropout.)
+    """
+    return _Shared.apply(x, factor, kept)  # pyright: ignore[reportReturnType]
 
 
 class _Shared(torch.autograd.Function):
-    """One pass over x: times a small tensor of factors that all channels share."""
+    """Linear in x, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, dropped: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float, kept: Tensor) -> Tensor:
         ctx.factor = factor
-        ctx.save_for_backward(dropped)
-        ctx.save_for_forward(dropped)
-        return _times(x, factor, dropped)
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+        if x.dtype.itemsize >= 4:
+            return x * (kept * factor)
+        # 1/p is not a number of these types: a tensor of factors would be off by up to 0.4 %
+        rows = x.movedim(1, -1)
+        if x.is_contiguous() or not rows.is_contiguous():
+            return torch.addcmul(kept.new_zeros(()), x, kept, value=factor)
+        out = x * factor  # channels last: what is dropped is a few whole runs of memory
+        dropped = (kept == 0).flatten().nonzero().flatten()
+        out.movedim(1, -1).view(-1, x.shape[1]).index_fill_(0, dropped, 0)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -65,26 +72,3 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return _Shared.apply(tangents[0], ctx.factor, *ctx.saved_tensors)
-
-
-def _times(x: Tensor, factor: float, dropped: Tensor) -> Tensor:
-    kept = torch.logical_not(dropped).to(x.dtype)
-    whole = x
-    if x.is_contiguous():
-        # small maps: several channels together are one inner loop, and the factors still a small tensor
-        rows, channels, size = x.shape[0], x.shape[1], dropped[0].numel()
-        group = _group(channels, size)
-        whole = x.view(rows, channels // group, group * size)
-        kept = kept.view(rows, 1, 1, size).expand(rows, 1, group, size).reshape(rows, 1, group * size)
-    if x.dtype.itemsize < 4:
-        # 1/p is not a number of these types: a factor tensor would be off by up to 0.4 %
-        return torch.addcmul(x.new_zeros(()), whole, kept, value=factor).view_as(x)
-    return (whole * (kept * factor)).view_as(x)
-
-
-def _group(channels: int, size: int) -> int:
-    """The smallest divisor of the channels that fills an inner loop, a sixteenth of them at most."""
-    for group in range(1, channels // 16 + 1):
-        if channels % group == 0 and group * size >= _INNER:
-            return group
-    return next((g for g in range(channels // 16, 0, -1) if channels % g == 0), 1)

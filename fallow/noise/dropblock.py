@@ -175,10 +175,8 @@ def drop_block_mask(
         )
     shape = (shape[0], 1 if shared_channels else shape[1], *shape[2:])
     where = torch.device("cpu" if device is None else device)
-    if rate == 1:
-        return torch.ones(shape, dtype=torch.bool, device=where)
-    cells = Grid(tuple(shape[2:]), block, grid == "disjoint", rate)
-    return _blocks.dropped(shape, cells, where, generator).logical_not_()
+    mask = torch.ones(shape, dtype=torch.bool, device=where)
+    return mask if rate == 1 else _blocks.paint(mask, _grid(shape, block, grid, rate), generator)
 
 
 def _drop(
@@ -186,7 +184,7 @@ def _drop(
     dims: int,
     survival_rate: float | None,
     block_size: int | None,
-    shared: bool,
+    shared_channels: bool,
     grid: str,
     normalise: str,
     training: bool,
@@ -204,16 +202,23 @@ def _drop(
         raise UsageError(f"{name} takes floating-point numbers, got {x.dtype}; convert with x.float()")
     if not training or p == 1 or not x.numel():
         return x
-    cells = Grid(tuple(x.shape[2:]), block, grid == "disjoint", p)
-    if not shared and normalise == "expected" and cells.sparse:
-        seeds = _blocks.draw(cells, x.shape[0] * x.shape[1], x.device, generator)
-        return _erasing.scaled(x, 1 / p, cells, seeds)
-    shape = (x.shape[0], 1, *x.shape[2:]) if shared else tuple(x.shape)
-    dropped = _blocks.dropped(shape, cells, x.device, generator)
-    factor = 1 / p
+    shape = (x.shape[0], 1, *x.shape[2:]) if shared_channels else tuple(x.shape)
+    cells = _grid(shape, block, grid, p)
     if normalise == "realised":
-        factor = dropped.numel() / max(dropped.numel() - int(dropped.sum()), 1)
-    return _erasing.masked(x, factor, dropped)
+        mask = _blocks.paint(torch.ones(shape, dtype=torch.bool, device=x.device), cells, generator)
+        factor = mask.numel() / max(int(mask.sum()), 1)
+        return _erasing.shared(x, factor, mask.to(x.dtype)) if shared_channels else x * factor * mask
+    if shared_channels:
+        kept = torch.ones(shape, dtype=x.dtype, device=x.device)
+        return _erasing.shared(x, 1 / p, _blocks.paint(kept, cells, generator))
+    if cells.sparse:
+        return _erasing.scaled(x, 1 / p, cells, _blocks.draw(cells, cells.planes, x.device, generator))
+    dropped = torch.zeros(shape, dtype=torch.bool, device=x.device)
+    return (x * (1 / p)).masked_fill_(_blocks.paint(dropped, cells, generator, True), 0)
+
+
+def _grid(shape: Sequence[int], block: int, grid: str, p: float) -> Grid:
+    return Grid(tuple(shape[2:]), block, grid == "disjoint", p, shape[0] * shape[1])
 
 
 def _checked(
