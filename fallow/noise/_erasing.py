@@ -19,13 +19,16 @@ class _Sparse(torch.autograd.Function):
     """Linear in x, so it is its own derivative and its own adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, grid: Grid, *seeds: Tensor) -> Tensor:
-        ctx.factor, ctx.grid = factor, grid
-        ctx.save_for_backward(*seeds)
-        ctx.save_for_forward(*seeds)
+    def forward(x: Tensor, factor: float, grid: Grid, *seeds: Tensor) -> Tensor:
         out = x * factor
         erase(out, grid, seeds)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.factor, ctx.grid, *seeds = inputs
+        ctx.save_for_backward(*seeds)
+        ctx.save_for_forward(*seeds)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -50,10 +53,7 @@ class _Shared(torch.autograd.Function):
     """Linear in x, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, kept: Tensor) -> Tensor:
-        ctx.factor = factor
-        ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
+    def forward(x: Tensor, factor: float, kept: Tensor) -> Tensor:
         if x.dtype.itemsize >= 4:
             return x * (kept * factor)
         # 1/p is not a number of these types: a tensor of factors would be off by up to 0.4 %
@@ -64,6 +64,12 @@ class _Shared(torch.autograd.Function):
         dropped = (kept == 0).flatten().nonzero().flatten()
         out.movedim(1, -1).view(-1, x.shape[1]).index_fill_(0, dropped, 0)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.factor, kept = inputs
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
