@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from fallow.errors import ArgumentError, UsageError
+from fallow.errors import ArgumentError, UsageError, check_count
 
 
 def check_floats(name: str, value: object, dimensions: int = 1) -> Tensor:
@@ -67,10 +67,7 @@ def check_step(step: object, shape: torch.Size, like: Tensor) -> Tensor:
 
 def check_blocks(width: object, block_size: object) -> tuple[int, int, int]:
     """Return (width, block size, number of blocks) where the blocks are equal."""
-    for name, value in (("width", width), ("block_size", block_size)):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
-            raise UsageError(f"{name} must be an integer of at least 1, got {value!r}")
-    d, r = int(width), int(block_size)  # type: ignore[call-overload]
+    d, r = check_count("width", width, 1), check_count("block_size", block_size, 1)
     if d % r:
         nearest = max(d // r, 1) * r
         raise UsageError(
