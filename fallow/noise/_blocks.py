@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 
 # Rows of blocks written at a time where the tensor is small; more of them in large tensors.
 _RUNS = 1 << 16
-# Below so many seeds, few and small operations count more than few and long writes.
-_FEW = 4096
+# Up to so many seeds, and entries of a table of a map's blocks, few operations count more than few writes.
+_FEW, _TABLE = 4096, 1 << 19
 # Seeds an element above which a mask is cheaper to keep than the seeds; writes an element above which it is
 # cheaper to draw every cell and to dilate, unless the cells are many times the elements.
 _SEEDS, _WRITES, _PADDING = 0.02, 2.0, 4.0
@@ -63,42 +62,44 @@ class Grid:
         """Cells along an axis."""
         return -(-size // self.block) if self.disjoint else size + self.block - 1
 
-    @property
+    @functools.cached_property
     def cells(self) -> int:
         """Cells of a map."""
         return math.prod(map(self.axis, self.sizes))
 
-    @property
+    @functools.cached_property
     def cover(self) -> int:
         """Cells whose block covers a position, the same for each."""
         return 1 if self.disjoint else self.block ** len(self.sizes)
 
-    @property
+    @functools.cached_property
     def intensity(self) -> float:
         """lam, the mean number of seeds in a cell."""
         return -math.log(self.rate) / self.cover
 
-    @property
+    @functools.cached_property
     def seeds(self) -> float:
         """Mean number of seeds an element."""
         return self.cells * self.intensity / math.prod(self.sizes)
 
-    @property
+    @functools.cached_property
     def sparse(self) -> bool:
         """Whether seeds take less room than a mask."""
         return self.seeds <= _SEEDS
 
-    @property
+    @functools.cached_property
     def dense(self) -> bool:
         """Whether drawing every cell is cheaper than writing every block."""
         block = math.prod(min(self.block, size) for size in self.sizes)
         return self.seeds * block > _WRITES and self.cells <= _PADDING * math.prod(self.sizes)
 
-    @property
+    @functools.cached_property
     def few(self) -> bool:
         """Whether all cells are one class, written number by number."""
-        return self.planes * self.cells * self.intensity < _FEW
+        table = self.cells * math.prod(min(self.block, size) for size in self.sizes)
+        return self.planes * self.cells * self.intensity < _FEW and table <= _TABLE
 
+    @functools.cached_property
     def columns(self) -> list[Columns]:
         """The cells of the last axis by width: the whole blocks, then those cut by either border."""
         size, block = self.sizes[-1], self.block
@@ -112,40 +113,69 @@ class Grid:
         cut = [Columns(width, 2, size - width) for width in range(1, full)]
         return [Columns(full, abs(size - block) + 1, int(size >= block)), *cut]
 
-    @property
+    @functools.cached_property
     def tabled(self) -> tuple[int, ...]:
         """Axes whose cells are looked up; `columns` are of the last one, or of none."""
         return self.sizes if self.few else self.sizes[:-1]
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
+    @functools.cached_property
+    def chunks(self) -> list[tuple[int, int]]:
         """First map and number of maps of parts whose runs take little memory beside the tensor."""
         elements = math.prod(self.sizes)
         runs = self.seeds * elements * math.prod(min(self.block, size) for size in self.tabled)
         limit = max(_RUNS, self.planes * elements // 64)
         step = self.planes if runs * self.planes <= limit else max(int(limit / runs), 1)
-        for first in range(0, self.planes, max(step, 1)):
-            yield first, min(step, self.planes - first)
+        return [(i, min(step, self.planes - i)) for i in range(0, self.planes, max(step, 1))]
 
 
-def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
-    """Seeds of that many maps: for each of `Grid.columns` the cells, numbered (map, other axes, column).
+@functools.lru_cache(64)
+def grid_of(shape: tuple[int, ...], block: int, disjoint: bool, rate: float) -> Grid:
+    """The grid of a tensor (rows, channels, *map), kept: its numbers are asked for in every call."""
+    return Grid(shape[2:], block, disjoint, rate, shape[0] * shape[1])
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds of some maps: their cells, as many of each of `Grid.columns` as `counts` says.
+
+    Cells are numbered (column, map, cell of the other axes), the columns in the order of their classes.
+    """
+
+    cells: Tensor
+    counts: tuple[int, ...]
+    planes: int
+
+
+def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Seeds:
+    """Seeds of that many maps.
 
     With a generator both the numbers and the cells of the seeds come from it. Without one the numbers come
     from the default CPU generator and the cells from the tensor's device, which need not wait for each other.
     """
-    others = planes * math.prod(map(grid.axis, grid.tabled))
-    cells = [others * part.count for part in grid.columns()]
     host = generator.device if generator is not None else torch.device("cpu")
     place = host if generator is not None or device.type != "cuda" else device
-    means = torch.tensor([count * grid.intensity for count in cells], dtype=torch.float64, device=host)
-    counts = [int(count) for count in torch.poisson(means, generator).tolist()]
+    spans, means = _spans(grid, grid.few, planes, host)
+    counts = tuple(map(int, torch.poisson(means, generator).tolist()))
     # 53 bits: randint's remainder of 32 bits would prefer low cells
-    uniform = torch.rand(sum(counts), dtype=torch.float64, device=place, generator=generator)
-    drawn = uniform.to(device).split(counts)
-    return [(part * count).long() for part, count in zip(drawn, cells, strict=True)]
+    uniform = torch.rand(sum(counts), dtype=torch.float64, device=place, generator=generator).to(device)
+    if len(spans) == 1:
+        return Seeds(uniform.mul_(spans[0]).long(), counts, planes)
+    first = [sum(spans[:i]) for i in range(len(spans))]
+    numbers = torch.tensor([counts, spans, first], device=device)
+    span, low = numbers[1:].repeat_interleave(numbers[0], 1, output_size=sum(counts))
+    return Seeds(uniform.mul_(span).long().add_(low), counts, planes)
 
 
-def erase(target: Tensor, grid: Grid, seeds: Sequence[Tensor], first: int = 0, value: float = 0) -> None:
+@functools.lru_cache(64)
+def _spans(grid: Grid, few: bool, planes: int, host: torch.device) -> tuple[list[int], Tensor]:
+    """Cells of each of the columns in that many maps, and their mean numbers of seeds."""
+    others = planes * math.prod(map(grid.axis, grid.tabled))
+    spans = [others * part.count for part in grid.columns]
+    with torch.inference_mode(False):
+        return spans, torch.tensor([n * grid.intensity for n in spans], dtype=torch.float64, device=host)
+
+
+def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float = 0) -> None:
     """Write `value` into the blocks of the seeds.
 
     Args:
@@ -155,50 +185,41 @@ def erase(target: Tensor, grid: Grid, seeds: Sequence[Tensor], first: int = 0, v
         first: the number of the map that the seeds call 0.
         value: what to write.
     """
-    stride = target.stride()
-    tables = [
-        _table(size, grid.axis(size), grid.block, grid.disjoint, step, target.device)
-        for size, step in zip(grid.tabled, stride[2:], strict=False)
-    ]
-    for part, cell in zip(grid.columns(), seeds, strict=True):
-        if cell.numel():
-            runs = _runs(cell, part, tables, target, first)
-            # a run's start, then its positions one after the other, wherever the run starts
-            length = target.numel() - (part.width - 1) * stride[-1]
-            view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
-            view.index_fill_(0, runs, value)
+    if not seeds.cells.numel():
+        return
+    stride, begin = target.stride(), 0
+    runs = _runs(target, grid, seeds, first)
+    for part, count in zip(grid.columns, seeds.counts, strict=True):
+        # a run's start, then its positions one after the other, wherever the run starts
+        length = target.numel() - (part.width - 1) * stride[-1]
+        view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
+        view.index_fill_(0, runs[begin : begin + count].view(-1), value)
+        begin += count
 
 
-@functools.lru_cache(64)
-def _table(size: int, cells: int, block: int, disjoint: bool, step: int, device: torch.device) -> Tensor:
-    """Offsets of the positions of every cell of an axis; a cut block repeats its last one."""
-    with torch.inference_mode(False):  # kept for later calls, which may be of another mode
-        first = torch.arange(cells, device=device)
-        first = first * block if disjoint else first - (block - 1)
-        last = (first + (block - 1)).clamp_(max=size - 1)
-        steps = torch.arange(min(size, block), device=device)
-        return torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * step
-
-
-def _runs(cell: Tensor, part: Columns, tables: Sequence[Tensor], target: Tensor, first: int) -> Tensor:
-    """Where each row of each block starts in the memory of the target."""
+def _runs(target: Tensor, grid: Grid, seeds: Seeds, first: int) -> Tensor:
+    """Where each row of each block starts in the memory of the target, [seeds, rows of a block]."""
     stride, channels = target.stride(), target.shape[1]
-    start, offsets = part.offset * stride[-1], []
-    if part.count > 1:
-        cell, column = _split(cell, part.count)
-        start = column * (part.step * stride[-1]) + start
+    tables, starts = _tables(grid, grid.few, stride[2:], target.device)
+    rest, offsets = seeds.cells, []
+    begin = None
+    if len(starts) > 1:
+        others = seeds.planes * math.prod(table.shape[0] for table in tables)
+        column, rest = _split(rest, others)
+        begin = starts.index_select(0, column)
     for table in reversed(tables):
-        cell, index = _split(cell, table.shape[0])
-        offsets.append(table.index_select(0, index))
-    plane = cell + first if first else cell
+        rest, digit = _split(rest, table.shape[0])
+        offsets.append(table.index_select(0, digit))
+    plane = rest + first if first else rest
     if channels == 1 or stride[0] == channels * stride[1]:
-        start = plane * stride[0 if channels == 1 else 1] + start
+        start = plane * stride[0 if channels == 1 else 1]
     else:
         row, channel = _split(plane, channels)
-        start = row * stride[0] + channel * stride[1] + start
+        start = row * stride[0] + channel * stride[1]
+    runs = (start if begin is None else start.add_(begin)).unsqueeze(1)
     for offset in offsets:
-        start = start.unsqueeze(-1) + offset.reshape(len(cell), *(1,) * (start.dim() - 1), -1)
-    return start.reshape(-1)
+        runs = offset.add_(runs) if runs.shape[1] == 1 else (runs[:, :, None] + offset[:, None]).flatten(1)
+    return runs
 
 
 def _split(number: Tensor, base: int) -> tuple[Tensor, Tensor]:
@@ -206,9 +227,34 @@ def _split(number: Tensor, base: int) -> tuple[Tensor, Tensor]:
     return torch.div(number, base, rounding_mode="floor"), number % base
 
 
+@functools.lru_cache(64)
+def _tables(
+    grid: Grid, few: bool, stride: tuple[int, ...], device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Offsets of the positions of every cell of the tabled axes, and where each column starts.
+
+    A cut block repeats its last position. With few seeds one table has the whole blocks of a map.
+    """
+    with torch.inference_mode(False):  # kept for later calls, which may be of another mode
+        tables = []
+        for size, step in zip(grid.sizes, stride, strict=True):
+            first = torch.arange(grid.axis(size), device=device)
+            first = first * grid.block if grid.disjoint else first - (grid.block - 1)
+            last = (first + (grid.block - 1)).clamp_(max=size - 1)
+            steps = torch.arange(min(size, grid.block), device=device)
+            tables.append(torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * step)
+        if few:
+            whole = tables[0]
+            for table in tables[1:]:
+                whole = (whole[:, None, :, None] + table[:, None]).flatten(2).flatten(0, 1)
+            return [whole], torch.zeros(1, dtype=torch.long, device=device)
+        starts = [part.offset + i * part.step for part in grid.columns for i in range(part.count)]
+        return tables[:-1], torch.tensor(starts, device=device) * stride[-1]
+
+
 def paint(target: Tensor, grid: Grid, generator: torch.Generator | None, value: float = 0) -> Tensor:
     """Write `value` into the blocks of a fresh draw, and return the contiguous target."""
-    for first, count in grid.chunks() if target.numel() else ():
+    for first, count in grid.chunks if target.numel() else ():
         if grid.dense:
             mask = _dilated(grid, count, target.device, generator)
             target.view(-1, *grid.sizes)[first : first + count].masked_fill_(mask, value)

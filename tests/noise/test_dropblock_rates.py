@@ -26,6 +26,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(_blocks, "_WRITES", writes)
     if not writes:
         monkeypatch.setattr(_blocks, "_PADDING", math.inf)
+    _blocks.grid_of.cache_clear()
+    request.addfinalizer(_blocks.grid_of.cache_clear)
     return request.param
 
 
@@ -115,6 +117,7 @@ def test_shared_channels_have_one_mask_a_row_at_the_asked_rate(grid: str) -> Non
 
 def test_many_chunks_are_the_same_law(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_blocks, "_RUNS", 100)
+    _blocks.grid_of.cache_clear()
     assert_rate(masks((3000, 2, 9, 9), 0.6, 4, "sliding"), 0.6)
 
 
@@ -138,12 +141,12 @@ def test_the_cells_blocks_are_those_of_the_oracle(
     if layout == "channels last":
         blank = blank.movedim(1, -1).contiguous().movedim(-1, 1)
     found = Counter()
-    parts = cells.columns()
-    for number, part in enumerate(parts):
-        count = rows * channels * math.prod(map(cells.axis, cells.tabled)) * part.count
-        for cell in range(count):
-            seeds = [torch.empty(0, dtype=torch.long)] * len(parts)
-            seeds[number] = torch.tensor([cell])
+    parts, number = cells.columns, 0
+    for kind, part in enumerate(parts):
+        for _ in range(rows * channels * math.prod(map(cells.axis, cells.tabled)) * part.count):
+            counts = tuple(int(other == kind) for other in range(len(parts)))
+            seeds = _blocks.Seeds(torch.tensor([number]), counts, rows * channels)
+            number += 1
             target = blank.clone()
             _blocks.erase(target, cells, seeds, value=1)
             places = [tuple(place) for place in target.nonzero().tolist()]
