@@ -60,7 +60,7 @@ class Grid:
 
     def axis(self, size: int) -> int:
         """Cells along an axis."""
-        return -(-size // self.block) if self.disjoint else size + self.block - 1
+        return _axis(size, self.block, self.disjoint)
 
     @functools.cached_property
     def cells(self) -> int:
@@ -101,17 +101,8 @@ class Grid:
 
     @functools.cached_property
     def columns(self) -> list[Columns]:
-        """The cells of the last axis by width: the whole blocks, then those cut by either border."""
-        size, block = self.sizes[-1], self.block
-        if self.few:
-            return [Columns(1, 1, 0)]
-        if self.disjoint:
-            whole, rest = divmod(size, block)
-            parts = [Columns(block, whole, block), Columns(rest, 1, 0, whole * block)]
-            return [part for part in parts if part.width and part.count]
-        full = min(size, block)
-        cut = [Columns(width, 2, size - width) for width in range(1, full)]
-        return [Columns(full, abs(size - block) + 1, int(size >= block)), *cut]
+        """The cells of the last axis by width; one class of single numbers where seeds are few."""
+        return [Columns(1, 1, 0)] if self.few else _columns(self.sizes[-1], self.block, self.disjoint)
 
     @functools.cached_property
     def tabled(self) -> tuple[int, ...]:
@@ -126,6 +117,21 @@ class Grid:
         limit = max(_RUNS, self.planes * elements // 64)
         step = self.planes if runs * self.planes <= limit else max(int(limit / runs), 1)
         return [(i, min(step, self.planes - i)) for i in range(0, self.planes, max(step, 1))]
+
+
+def _axis(size: int, block: int, disjoint: bool) -> int:
+    return -(-size // block) if disjoint else size + block - 1
+
+
+def _columns(size: int, block: int, disjoint: bool) -> list[Columns]:
+    """The whole blocks, then those cut by either border."""
+    if disjoint:
+        whole, rest = divmod(size, block)
+        parts = [Columns(block, whole, block), Columns(rest, 1, 0, whole * block)]
+        return [part for part in parts if part.width and part.count]
+    full = min(size, block)
+    cut = [Columns(width, 2, size - width) for width in range(1, full)]
+    return [Columns(full, abs(size - block) + 1, int(size >= block)), *cut]
 
 
 @functools.lru_cache(64)
@@ -200,7 +206,7 @@ def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float
 def _runs(target: Tensor, grid: Grid, seeds: Seeds, first: int) -> Tensor:
     """Where each row of each block starts in the memory of the target, [seeds, rows of a block]."""
     stride, channels = target.stride(), target.shape[1]
-    tables, starts = _tables(grid, grid.few, stride[2:], target.device)
+    tables, starts = _tables(grid.sizes, grid.block, grid.disjoint, grid.few, stride[2:], target.device)
     rest, offsets = seeds.cells, []
     begin = None
     if len(starts) > 1:
@@ -229,7 +235,12 @@ def _split(number: Tensor, base: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(64)
 def _tables(
-    grid: Grid, few: bool, stride: tuple[int, ...], device: torch.device
+    sizes: tuple[int, ...],
+    block: int,
+    disjoint: bool,
+    few: bool,
+    stride: tuple[int, ...],
+    device: torch.device,
 ) -> tuple[list[Tensor], Tensor]:
     """Offsets of the positions of every cell of the tabled axes, and where each column starts.
 
@@ -237,18 +248,19 @@ def _tables(
     """
     with torch.inference_mode(False):  # kept for later calls, which may be of another mode
         tables = []
-        for size, step in zip(grid.sizes, stride, strict=True):
-            first = torch.arange(grid.axis(size), device=device)
-            first = first * grid.block if grid.disjoint else first - (grid.block - 1)
-            last = (first + (grid.block - 1)).clamp_(max=size - 1)
-            steps = torch.arange(min(size, grid.block), device=device)
+        for size, step in zip(sizes, stride, strict=True):
+            first = torch.arange(_axis(size, block, disjoint), device=device)
+            first = first * block if disjoint else first - (block - 1)
+            last = (first + (block - 1)).clamp_(max=size - 1)
+            steps = torch.arange(min(size, block), device=device)
             tables.append(torch.minimum(first.clamp_(min=0)[:, None] + steps, last[:, None]) * step)
         if few:
             whole = tables[0]
             for table in tables[1:]:
                 whole = (whole[:, None, :, None] + table[:, None]).flatten(2).flatten(0, 1)
             return [whole], torch.zeros(1, dtype=torch.long, device=device)
-        starts = [part.offset + i * part.step for part in grid.columns for i in range(part.count)]
+        parts = _columns(sizes[-1], block, disjoint)
+        starts = [part.offset + i * part.step for part in parts for i in range(part.count)]
         return tables[:-1], torch.tensor(starts, device=device) * stride[-1]
 
 
