@@ -29,7 +29,7 @@ from benchmarks import _timing
 from fallow.penalties import ksupport_prox, ksupport_sq
 
 BOUND, BOUND_SIZE = 4.0, 1_000_000
-SIZES, PEER_SIZES = (1_000, 100_000, BOUND_SIZE), (30, 100, 300)
+SIZES, PEER_SIZES = (1_000, 100_000, BOUND_SIZE), (100, 1_000, 3_000)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 STEP = 0.5
 
@@ -95,7 +95,7 @@ def against_sort(size: int, dtype: str, options: argparse.Namespace) -> dict[str
 def against_search(size: int, options: argparse.Namespace) -> dict[str, Any]:
     """Prox and the search over both counts, in seconds, and the largest difference of their results."""
     w = vector(size, "fp64", options.seed)
-    k = max(size // 10, 1)
+    k = max(size // 2, 1)
     arms = {
         "prox": _run(lambda: ksupport_prox(w, STEP, k)),
         "search": _run(lambda: search(w, STEP, k)),

@@ -205,6 +205,15 @@ def test_single_precision_is_as_good_as_its_rounding(size: int):
         assert float(ksupport_sq(w.float(), k)) == pytest.approx(float(ksupport_sq(w, k)), rel=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept_and_as_good_as_its_rounding(dtype: torch.dtype):
+    w = torch.randn(4, 50).to(dtype)
+    x = ksupport_prox(w, 0.5, 7)
+    assert x.dtype == dtype and ksupport_sq(w, 7).dtype == dtype
+    torch.testing.assert_close(x.double(), ksupport_prox(w.double(), 0.5, 7), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ksupport_sq(w, 7).double(), ksupport_sq(w.double(), 7), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("k", SUPPORTS)
 def test_derivatives_are_those_of_differences(k: float):
     w = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)

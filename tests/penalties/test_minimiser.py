@@ -49,9 +49,13 @@ def trained(y: Tensor, width: int, rate: float, block_size: int, inputs: Tensor 
         loss.backward()
         return loss.item(), leaf.grad.numpy()  # type: ignore[union-attr]
 
-    start = randn(sum(sizes)).numpy()
     options = {"maxiter": 20000, "maxfun": 40000, "ftol": 0, "gtol": 1e-10, "maxcor": 30}
-    found = minimize(value, start, jac=True, method="L-BFGS-B", options=options)
+    at, before = randn(sum(sizes)).numpy(), math.inf
+    for _ in range(3):  # a search that got stuck goes on with a fresh memory
+        found = minimize(value, at, jac=True, method="L-BFGS-B", options=options)
+        if found.fun >= before * (1 - 1e-12):
+            break
+        at, before = found.x, found.fun
     return found.fun, *parts(torch.tensor(found.x))
 
 
@@ -115,10 +119,11 @@ def test_the_objective_is_differentiable_and_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize(
     ("block_size", "blocks", "base"),
-    [(1, 8, 0.8), (1, 10, 0.3), (2, 7, 0.6), (3, 8, 0.9), (5, 8, 0.5), (8, 5, 0.8)],
+    [(1, 8, 0.8), (1, 10, 0.3), (2, 7, 0.6), (3, 8, 0.9), (4, 6, 0.5), (6, 4, 0.8)],
 )
 def test_training_the_factors_reaches_the_closed_form(block_size: int, blocks: int, base: float):
-    y, width = randn(9, 7), block_size * blocks
+    """No value is equal to its threshold: there the objective is flat to fourth order and training slow."""
+    y, width = with_spectrum([5.1, 4.3, 3.2, 2.4, 1.1, 0.3], 7, 6), block_size * blocks
     rate = adaptive_survival_rate(survival_rate=base, width=width, block_size=block_size)
     best = closed_form(y, block_size, effective_gamma(survival_rate=rate, width=width, block_size=block_size))
     assert width >= best.reachable_width
@@ -129,6 +134,24 @@ def test_training_the_factors_reaches_the_closed_form(block_size: int, blocks: i
         (g[:, i : i + block_size] @ w[:, i : i + block_size].T).norm() for i in range(0, width, block_size)
     ]
     assert max(parts) / min(parts) < 1 + 1e-4  # balanced
+
+
+def test_gradient_descent_with_sampled_masks_comes_within_1_percent():
+    """Plain steps on losses with fresh masks, a mask for each sample; nothing here knows objective (1)."""
+    y, blocks, block_size, rate = with_spectrum([3.0, 2.0, 1.0, 0.5], 6, 5), 8, 2, 0.6
+    g, w = 0.5 * randn(6, 16), 0.5 * randn(5, 16)
+    steps = 6000
+    for step in range(steps):
+        kept = torch.rand(6, blocks, dtype=torch.float64) < rate
+        mask = kept.repeat_interleave(block_size, 1) / rate
+        error = (g * mask) @ w.T - y
+        size = 0.01 * (1 - step / steps)
+        g, w = g - size * 2 * (error @ w) * mask, w - size * 2 * error.T @ (g * mask)
+    gamma = effective_gamma(survival_rate=rate, width=16, block_size=block_size)
+    best = closed_form(y, block_size, gamma)
+    found = network_gap(y, g, w, survival_rate=rate, block_size=block_size)
+    assert best.value <= found.objective <= 1.01 * best.value
+    assert found.bound <= best.value
 
 
 @pytest.mark.parametrize(("block_size", "bias"), [(1, False), (2, False), (1, True), (2, True)])
