@@ -67,12 +67,12 @@ class Grid:
         """Cells of a map."""
         return math.prod(map(self.axis, self.sizes))
 
-    @functools.cached_property
+    @property
     def cover(self) -> int:
         """Cells whose block covers a position, the same for each."""
         return 1 if self.disjoint else self.block ** len(self.sizes)
 
-    @functools.cached_property
+    @property
     def intensity(self) -> float:
         """lam, the mean number of seeds in a cell."""
         return -math.log(self.rate) / self.cover
@@ -268,14 +268,14 @@ def paint(target: Tensor, grid: Grid, generator: torch.Generator | None, value: 
     """Write `value` into the blocks of a fresh draw, and return the contiguous target."""
     for first, count in grid.chunks if target.numel() else ():
         if grid.dense:
-            mask = _dilated(grid, count, target.device, generator)
+            mask = dilated(grid, count, target.device, generator)
             target.view(-1, *grid.sizes)[first : first + count].masked_fill_(mask, value)
         else:
             erase(target, grid, draw(grid, count, target.device, generator), first, value)
     return target
 
 
-def _dilated(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+def dilated(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """True in the blocks, by the same law: a number for every cell, then each axis widened to blocks."""
     place = device if generator is None else generator.device
     seeds = torch.empty((planes, *map(grid.axis, grid.sizes)), dtype=torch.bool, device=place)

@@ -14,6 +14,10 @@ def scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
     """``factor * x`` with zeros in the blocks of the seeds; they alone are kept for the gradient."""
     if not _differentiated(x):
         return _scaled(x, factor, grid, seeds)
+    if torch._C._are_functorch_transforms_active():  # which take no autograd function of the older form
+        kept = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        erase(kept, grid, seeds)
+        return torch.where(kept, x * factor, 0)
     return _Sparse.apply(x, seeds.cells, factor, grid, seeds)  # pyright: ignore[reportReturnType]
 
 
@@ -60,6 +64,8 @@ def shared(x: Tensor, factor: float, kept: Tensor) -> Tensor:
     """
     if not _differentiated(x):
         return _shared(x, factor, kept)
+    if torch._C._are_functorch_transforms_active():
+        return x * factor * kept
     return _Shared.apply(x, kept, factor)  # pyright: ignore[reportReturnType]
 
 

@@ -203,6 +203,11 @@ def _drop(
     if not training or p == 1 or not x.numel():
         return x
     shape = (x.shape[0], 1, *x.shape[2:]) if shared_channels else tuple(x.shape)
+    if torch.compiler.is_compiling() and normalise == "expected":
+        # a graph has no number of seeds: the same law with a number for every cell
+        cells = Grid(shape[2:], block, grid == "disjoint", p, shape[0] * shape[1])
+        dropped = _blocks.dilated(cells, cells.planes, x.device, generator).view(shape)
+        return (x * (1 / p)).masked_fill(dropped, 0)
     cells = _grid(shape, block, grid, p)
     if normalise == "realised":
         mask = _blocks.paint(torch.ones(shape, dtype=torch.bool, device=x.device), cells, generator)

@@ -200,6 +200,32 @@ def test_calls_in_inference_mode_and_out_of_it_do_not_disturb_each_other() -> No
     assert torch.equal(inside, out)
 
 
+@every_way
+def test_functional_gradients_are_those_of_autograd(way: dict[str, Any]) -> None:
+    x = maps(2)
+
+    def loss(x: Tensor) -> Tensor:
+        return (drop_block2d(x, generator=generator(6), **way) ** 2).sum()
+
+    expected = 2 * x * mask_of(x, way, 6) / way["survival_rate"] ** 2
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+
+
+@every_way
+def test_it_compiles_to_one_graph_of_the_same_law(way: dict[str, Any]) -> None:
+    compiled = torch.compile(
+        lambda x: drop_block2d(x, **way), backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    x = torch.ones(600, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    out = compiled(x)
+    out.sum().backward()
+    assert torch.equal(out, x.grad)
+    p = way["survival_rate"]
+    assert set(out.unique().tolist()) == {0, 1 / p}
+    rates = (out[:, :1] if way.get("shared_channels") else out).flatten(0, 1).ne(0).double()
+    assert ((rates.mean(0) - p).abs() < 5 * math.sqrt(p * (1 - p) / len(rates))).all()
+
+
 def test_checkpointing_draws_the_same_mask_again() -> None:
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     layer = DropBlock2d(survival_rate=0.7, block_size=3)
