@@ -19,6 +19,7 @@ from fallow.planning.plan import Plan
 from fallow.planning.sensitivity import Sensitivities
 from fallow.surgery.tap import Taps, tapped
 
+_LOW = 0.3
 METHODS = ("auto", "uniform", "linear", "sensemode")
 
 
@@ -159,6 +160,11 @@ def from_sensitivities(
                 f"{len(silent)} of {len(costs)} branches gave exact zeros (zero-initialised?), so nothing is "
                 f"known of them yet: {few}; plan again after some training"
             )
+    if min(table.values()) < _LOW and used != "uniform":
+        notes.append(
+            f'the lowest rate is {min(table.values()):.2f}: under scale="train" kept branches are multiplied '
+            'by its inverse, which hurt deep networks in our trials; scale="eval" did not'
+        )
     if len(costs) < 8:
         notes.append(f"{len(costs)} sites are few: shallow networks are often hurt by stochastic depth")
     return Plan(
