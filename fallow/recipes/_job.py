@@ -134,7 +134,8 @@ def restore(job: Job, state: Mapping[str, Any]) -> None:
     for arm in job.arms:
         arm.load(state["arms"][arm.name])
     job.step = int(state["step"])
-    job.results |= {key: state[key] for key in ("budget", "provenance", "plans")}
+    job.results |= {key: state[key] for key in ("budget", "provenance")}
+    job.results["plans"] = state.get("plans", [])  # older checkpoints have none
 
 
 def checkpoint(job: Job, folder: RunFolder) -> None:
