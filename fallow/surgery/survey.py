@@ -71,6 +71,23 @@ def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     return found
 
 
+def refuse_unmatched(
+    names: list[str], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
+) -> None:
+    """Refuse a pattern that matches no name."""
+    for pattern in (*(include or ()), *(exclude or ())):
+        if not any(fnmatchcase(n, pattern) for n in names):
+            close = nearest(pattern, names)
+            raise SiteError(f"no site matches {pattern!r}" + (f"; did you mean {close!r}?" if close else "."))
+
+
+def matches(name: str, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> bool:
+    """Whether the patterns take a name; no ``include`` takes all."""
+    if any(fnmatchcase(name, p) for p in exclude or ()):
+        return False
+    return include is None or any(fnmatchcase(name, p) for p in include)
+
+
 def _unshared(branches: list[Branch], trace: Trace, refused: list[Refused]) -> list[Branch]:
     """Leave out branches whose modules are called more than once in a forward (shared weights)."""
     calls = trace.times_called()
@@ -96,18 +113,13 @@ def _chosen(
         return _block_name(b, branches) if granularity == "block" else b.name
 
     names = [site(b) for b in branches]
-    for pattern in (*(include or ()), *(exclude or ())):
-        if not any(fnmatchcase(n, pattern) for n in names):
-            close = nearest(pattern, names)
-            raise SiteError(f"no site matches {pattern!r}" + (f"; did you mean {close!r}?" if close else "."))
+    refuse_unmatched(names, include, exclude)
 
     def wanted(b: Branch) -> bool:
         name = site(b)
-        if exclude and any(fnmatchcase(name, p) for p in exclude):
-            return False
         if b.ambiguous:  # a wildcard does not name it
-            return name in named or name in (include or ())
-        return include is None or any(fnmatchcase(name, p) for p in include)
+            return matches(name, None, exclude) and (name in named or name in (include or ()))
+        return matches(name, include, exclude)
 
     chosen = [b for b in branches if wanted(b)]
     return [b for b in chosen if not _gives_way(b, chosen, (*named, *(include or ())))]

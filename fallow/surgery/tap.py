@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, SiteError, check_choice, nearest
+from fallow.errors import ArgumentError, SiteError, check_choice
 from fallow.feed import call_model
 from fallow.surgery import probe
 from fallow.surgery.branch import BranchState, Run
 from fallow.surgery.decide import Entry, Options
 from fallow.surgery.handle import Handle, handle_of
 from fallow.surgery.site import Site
-from fallow.surgery.survey import bind, patterns, survey
+from fallow.surgery.survey import bind, matches, patterns, refuse_unmatched, survey
 
 Decide = Callable[[BranchState], Run | None]
 
@@ -167,14 +166,5 @@ def seed_of_graph(device: torch.device) -> Tensor:
 def _matching(
     sites: list[Site], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
 ) -> list[Site]:
-    for pattern in (*(include or ()), *(exclude or ())):
-        if not any(fnmatchcase(s.name, pattern) for s in sites):
-            close = nearest(pattern, [s.name for s in sites])
-            raise SiteError(f"no site matches {pattern!r}" + (f"; did you mean {close!r}?" if close else "."))
-
-    def wanted(name: str) -> bool:
-        if any(fnmatchcase(name, p) for p in exclude or ()):
-            return False
-        return include is None or any(fnmatchcase(name, p) for p in include)
-
-    return [s for s in sites if wanted(s.name)]
+    refuse_unmatched([s.name for s in sites], include, exclude)
+    return [s for s in sites if matches(s.name, include, exclude)]
