@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fallow
+
 # glibc maps blocks of 32 MiB and more afresh for every tensor and gives memory back as soon as it is free:
 # tens of thousands of page faults a step, a number that differs from run to run. With these it keeps it.
 _TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
@@ -161,6 +163,21 @@ def hardware() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "malloc": os.environ.get("GLIBC_TUNABLES", "as it is"),
+    }
+
+
+def heading(kind: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """How a report begins: what it is of, the command that made it, versions."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return {
+        "schema": 1,
+        "kind": kind,
+        "command": " ".join(["python", f"benchmarks/{kind}.py", *words]),
+        "versions": {
+            "fallow": fallow.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        },
     }
 
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import fallow
 from benchmarks import _timing
 from fallow.integrations import mend_torchvision
 from fallow.noise import drop_block2d
@@ -230,11 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.keep_memory:
         _timing.keep_memory()
     torch.set_num_threads(options.threads)
-    command = " ".join(
-        ["python", "benchmarks/dropblock.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-    versions = {"fallow": fallow.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    report: dict[str, Any] = {"schema": 1, "kind": "dropblock", "command": command, "versions": versions}
+    report = _timing.heading("dropblock", arguments)
     report |= {"seed": options.seed, "pairs": options.pairs, "rate": options.rate}
     report |= {"hardware": _timing.hardware(), "rows": []}
     for shape in options.shape:

@@ -24,7 +24,6 @@ if __package__ in (None, ""):  # run as a file: the project's root in place of t
 import torch
 from torch import Tensor
 
-import fallow
 from benchmarks import _timing
 from fallow.penalties import ksupport_prox, ksupport_sq
 
@@ -200,11 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.keep_memory:
         _timing.keep_memory()
     torch.set_num_threads(options.threads)
-    command = " ".join(
-        ["python", "benchmarks/ksupport.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-    versions = {"fallow": fallow.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    report: dict[str, Any] = {"schema": 1, "kind": "ksupport", "command": command, "versions": versions}
+    report = _timing.heading("ksupport", arguments)
     report |= {"seed": options.seed, "pairs": options.pairs, "hardware": _timing.hardware()}
     report["sort"] = [against_sort(d, dtype, options) for d in options.size for dtype in options.dtype]
     report["search"] = [against_search(d, options) for d in options.peer_size]

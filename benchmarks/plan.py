@@ -188,9 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    command = " ".join(["python", "benchmarks/plan.py", *(sys.argv[1:] if arguments is None else arguments)])
-    versions = {"fallow": fallow.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    report: dict[str, Any] = {"schema": 1, "kind": "plan", "command": command, "versions": versions}
+    report = _timing.heading("plan", arguments)
     report |= {"seed": options.seed, "pairs": options.pairs, "hardware": _timing.hardware()}
     report |= {"probing": [], "running": []}
     for name in options.subject:

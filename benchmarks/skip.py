@@ -24,7 +24,6 @@ if __package__ in (None, ""):  # run as a file: the project's root in place of t
 
 import torch
 
-import fallow
 from benchmarks import _peers, _timing
 from benchmarks._arms import (
     APPLIED,
@@ -226,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # oneDNN keeps 1024 compiled kernels, one for each shape. A row-mode model needs hundreds, a dozen
     # arms in turn would throw each other's out and compile them anew at every step, as no training run does.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
-    command = " ".join(["python", "benchmarks/skip.py", *(sys.argv[1:] if arguments is None else arguments)])
-    versions = {"fallow": fallow.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    report = {"schema": 1, "kind": "skip", "command": command, "versions": versions, "seed": options.seed}
+    report = _timing.heading("skip", arguments) | {"seed": options.seed}
     report |= {"pairs": options.pairs, "hardware": _timing.hardware(), "cases": (results := [])}
     for case in cases(options):
         results.append(measure(case, options))
