@@ -7,35 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from cli_calls import Call, caller
 
 import fallow
-from fallow import cli, models
 from fallow.cli import _commands
 from fallow.recipes import train
 from fallow.recipes.train import Config
 
 QUICK = ["--train-size", "60", "--epochs", "1", "--batch-size", "20", "--threads", "1", "--model", "resnet8"]
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs the program in this process, in an empty folder: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(models.MODELS, "resnet8", lambda **options: models.CifarResNet(8, **options))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = cli.run([str(argument) for argument in arguments])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return caller(capsys, tmp_path, monkeypatch)
 
 
 def elsewhere(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
