@@ -12,7 +12,6 @@ stands for; whether it does, a Monte Carlo estimate of R beside it tells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from fallow.explaining._summary import summary
 from fallow.feed import LossFunction, inputs_of, pairs
 from fallow.surgery import handle_of, probe
 from fallow.surgery.decide import check_seed
-from fallow.surgery.survey import patterns
+from fallow.surgery.survey import matches, patterns
 from fallow.surgery.tap import Taps, tapped
 
 Rates = Callable[[Mapping[str, float]], Mapping[str, float]] | Mapping[str, float]
@@ -160,13 +159,8 @@ def _within(rates: Rates, chosen: Mapping[str, Any], taps: Taps) -> Rates:
     """A mapping without the sites that ``include`` and ``exclude`` leave out."""
     if not isinstance(rates, Mapping):
         return rates
-
-    def wanted(name: str) -> bool:
-        if any(fnmatchcase(name, p) for p in chosen["exclude"] or ()):
-            return False
-        return chosen["include"] is None or any(fnmatchcase(name, p) for p in chosen["include"])
-
-    return {name: p for name, p in rates.items() if wanted(str(name))}
+    include, exclude = chosen["include"], chosen["exclude"]
+    return {name: p for name, p in rates.items() if matches(str(name), include, exclude)}
 
 
 def _batch_dims(taps: Taps, inputs: Any, loss: OutputLoss) -> list[int | None]:
