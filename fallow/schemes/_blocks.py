@@ -92,7 +92,9 @@ class UnitsInBlocks(Masks):
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """In a block ``1 / block_rate - 1``, on the diagonal ``1 / (block_rate unit_rate) - 1``."""
         blocks = Blocks(self.block_rate, self.block_size).characteristic_matrix(width)
-        return (blocks + odds(self.unit_rate) / self.block_rate * torch.eye(width)).to(dtype)
+        return (blocks + odds(self.unit_rate) / self.block_rate * torch.eye(width, dtype=torch.float64)).to(
+            dtype
+        )
 
     def masks(self, rows: int, width: int, *, generator: Any = None, device: Any = None) -> Tensor:
         """Independent masks."""
