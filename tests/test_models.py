@@ -142,3 +142,29 @@ def test_models_pickle():
 def test_refusals(call, words):
     with pytest.raises(UsageError, match=words):
         call()
+
+
+def test_the_feedforward_networks_have_the_sizes_of_the_literature() -> None:
+    lenet = build("lenet300", channels=1, image=28)
+    weights = sum(p.numel() for p in lenet.parameters() if p.dim() == 2)
+    assert weights == 784 * 300 + 300 * 100 + 100 * 10 == 266_200
+    # Caffe's: 500 + 25,000 + 400,000 + 5,000 weights
+    caffe = build("lenet5", channels=1, image=28)
+    assert sum(p.numel() for p in caffe.parameters() if p.dim() > 1) == 430_500
+    for name, model in (
+        ("lenet300", lenet),
+        ("lenet5", caffe),
+        ("vgg_small", build("vgg_small", channels=1)),
+    ):
+        side = 32 if name == "vgg_small" else 28
+        assert model(torch.randn(2, 1, side, side)).shape == (2, 10)
+
+
+def test_the_feedforward_networks_follow_images_and_classes() -> None:
+    for name in models.FEEDFORWARD:
+        model = build(name, classes=3, channels=2, image=(20, 24))
+        assert model(torch.randn(2, 2, 20, 24)).shape == (2, 3)
+    with pytest.raises(UsageError, match="at least 16x16"):
+        build("lenet5", channels=1, image=8)
+    with pytest.raises(UsageError, match="too small"):
+        build("vgg_small", image=4)
