@@ -9,16 +9,21 @@ from fallow.noise.dropblock import (
     drop_block3d,
     drop_block_mask,
 )
+from fallow.noise.feature_dropout import BlockDropout, FeatureDropout, block_dropout, feature_dropout
 from fallow.noise.stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
+    "BlockDropout",
     "DropBlock1d",
     "DropBlock2d",
     "DropBlock3d",
+    "FeatureDropout",
     "StochasticDepth",
+    "block_dropout",
     "drop_block1d",
     "drop_block2d",
     "drop_block3d",
     "drop_block_mask",
+    "feature_dropout",
     "stochastic_depth",
 ]

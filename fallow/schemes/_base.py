@@ -52,6 +52,10 @@ class Masks(Scheme):
     """A law of masks: z is 0 or 1."""
 
     @abstractmethod
+    def rate(self, width: int) -> float | tuple[float, ...]:
+        """The survival rate of every feature, or one for each."""
+
+    @abstractmethod
     def masks(
         self,
         rows: int,
@@ -60,7 +64,11 @@ class Masks(Scheme):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Independent masks, bool, True = kept: [rows, width]."""
+        """Independent masks, bool, True = kept: [rows, width]; maybe an expanded view."""
+
+    def mean(self, width: int) -> Tensor:
+        """The survival rate of each feature, [width], float64."""
+        return torch.tensor(self.rate(width), dtype=torch.float64).expand(width).clone()
 
     def sample(
         self,
@@ -117,12 +125,6 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"a number of at least {low:g}"
         raise UsageError(f"{name} must be {allowed}, got {value!r}")
     return number
-
-
-def constant(scheme: Scheme, width: int, value: float) -> Tensor:
-    """The mean of a scheme whose features are alike."""
-    scheme.check(width)
-    return torch.full((width,), value, dtype=torch.float64)
 
 
 def odds(rate: float) -> float:

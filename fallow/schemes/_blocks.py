@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fallow.errors import check_choice, check_count, check_rate
-from fallow.schemes._base import Masks, bernoulli, constant, odds
+from fallow.schemes._base import Masks, bernoulli, odds
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Blocks(Masks):
         object.__setattr__(self, "block_size", check_count("block_size", self.block_size, minimum=1))
         check_choice("grid", self.grid, ("disjoint", "sliding"))
 
-    def mean(self, width: int) -> Tensor:
+    def rate(self, width: int) -> float:
         """P everywhere."""
-        return constant(self, width, self.survival_rate)
+        self.check(width)
+        return self.survival_rate
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(1 - p) / p`` within a block; sliding: ``p^(-o / r) - 1`` with ``o = max(r - |i - j|, 0)``."""
@@ -85,9 +86,10 @@ class UnitsInBlocks(Masks):
             object.__setattr__(self, name, check_rate(getattr(self, name), name=name))
         object.__setattr__(self, "block_size", check_count("block_size", self.block_size, minimum=1))
 
-    def mean(self, width: int) -> Tensor:
+    def rate(self, width: int) -> float:
         """The product of the rates everywhere."""
-        return constant(self, width, self.unit_rate * self.block_rate)
+        self.check(width)
+        return self.unit_rate * self.block_rate
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """In a block ``1 / block_rate - 1``, on the diagonal ``1 / (block_rate unit_rate) - 1``."""

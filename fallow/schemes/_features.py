@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fallow.errors import UsageError, check_count, check_rate
-from fallow.schemes._base import Masks, bernoulli, check_number, constant, drawn_on, odds, same_length
+from fallow.schemes._base import Masks, bernoulli, check_number, drawn_on, odds, same_length
 
 # A number that is whole, or a correlation that is at its bound, but for rounding.
 _ROUNDING = 1e-9
@@ -37,10 +37,10 @@ class Units(Masks):
         if isinstance(self.survival_rate, tuple):
             same_length("survival_rate", len(self.survival_rate), width)
 
-    def mean(self, width: int) -> Tensor:
-        """The rates."""
+    def rate(self, width: int) -> float | tuple[float, ...]:
+        """As given."""
         self.check(width)
-        return torch.tensor(self.survival_rate, dtype=torch.float64).expand(width).clone()
+        return self.survival_rate
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``diag((1 - p) / p)``."""
@@ -70,9 +70,10 @@ class Layer(Masks):
     def __post_init__(self) -> None:
         object.__setattr__(self, "survival_rate", check_rate(self.survival_rate))
 
-    def mean(self, width: int) -> Tensor:
+    def rate(self, width: int) -> float:
         """P everywhere."""
-        return constant(self, width, self.survival_rate)
+        self.check(width)
+        return self.survival_rate
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(1 - p) / p`` everywhere."""
@@ -107,9 +108,10 @@ class FixedSize(Masks):
                 "wider layer"
             )
 
-    def mean(self, width: int) -> Tensor:
+    def rate(self, width: int) -> float:
         """``kept / width`` everywhere."""
-        return constant(self, width, self.kept / width)
+        self.check(width)
+        return self.kept / width
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``b (d I - 1 1')`` with ``b = (d - s) / (s (d - 1))``."""
@@ -163,9 +165,10 @@ class Exchangeable(Masks):
                 f"{self.survival_rate:g}, got {self.correlation:g}; any {width} features are more alike"
             )
 
-    def mean(self, width: int) -> Tensor:
+    def rate(self, width: int) -> float:
         """P everywhere."""
-        return constant(self, width, self.survival_rate)
+        self.check(width)
+        return self.survival_rate
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(1 - p) / p [(1 - rho) I + rho 1 1']``."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fallow.errors import UsageError
-from fallow.schemes._base import Scheme, check_number, constant, drawn_on, same_length
+from fallow.schemes._base import Scheme, check_number, drawn_on, same_length
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Gaussian(Scheme):
 
     def mean(self, width: int) -> Tensor:
         """1 everywhere."""
-        return constant(self, width, 1.0)
+        self.check(width)
+        return torch.ones(width, dtype=torch.float64)
 
     def characteristic_matrix(self, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """``variance I``."""
