@@ -43,7 +43,10 @@ SCHEMES: dict[str, Scheme] = {
 
 def enumerated(scheme: Scheme, width: int) -> Iterator[tuple[float, Tensor]]:
     """Probabilities and multipliers; of normal ones the points of a quadrature exact for degree three."""
+    total: dict[tuple[float, ...], float] = {}
     for chance, z in _outcomes(scheme, width):
+        total[tuple(z)] = total.get(tuple(z), 0.0) + chance
+    for z, chance in total.items():
         if chance > 0:
             yield chance, torch.tensor(z, dtype=torch.float64) / scheme.mean(width)
 

@@ -24,6 +24,7 @@ from fallow.penalties.spectral import (
     spectral_ksupport_prox,
     spectral_ksupport_sq,
 )
+from fallow.penalties.surrogates import jensen_bound, quadratic_surrogate
 
 __all__ = [
     "Certificate",
@@ -39,6 +40,7 @@ __all__ = [
     "duality_gap",
     "effective_gamma",
     "effective_rank",
+    "jensen_bound",
     "kappa",
     "ksupport_dual_norm",
     "ksupport_gradient",
@@ -46,6 +48,7 @@ __all__ = [
     "ksupport_sq",
     "network_gap",
     "omega",
+    "quadratic_surrogate",
     "spectral_ksupport_dual_norm",
     "spectral_ksupport_gradient",
     "spectral_ksupport_prox",
