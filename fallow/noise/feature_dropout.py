@@ -60,7 +60,8 @@ def feature_dropout(
         return x
     if isinstance(scheme, Blocks):
         return _blocks(x, scheme.survival_rate, scheme.block_size, scheme.grid, generator)
-    rows, wide = math.prod(x.shape[:-1]), torch.promote_types(x.dtype.to_real(), torch.float32)
+    rows, real = math.prod(x.shape[:-1]), x.dtype.to_real() if x.is_complex() else x.dtype
+    wide = torch.promote_types(real, torch.float32)
     if not isinstance(scheme, Masks):
         multipliers = scheme.sample(rows, width, generator=generator, device=x.device, dtype=wide)
         return (x * multipliers.view(x.shape)).to(x.dtype)
