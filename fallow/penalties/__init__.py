@@ -16,6 +16,7 @@ from fallow.penalties.minimiser import (
     dropblock_objective,
     effective_gamma,
 )
+from fallow.penalties.mixed import closed_form_mixed, closed_form_of
 from fallow.penalties.omega import acts_as_dropout, block_size_note, effective_rank, kappa, omega
 from fallow.penalties.spectral import (
     SpectralKSupport,
@@ -36,6 +37,8 @@ __all__ = [
     "balanced_factors",
     "block_size_note",
     "closed_form",
+    "closed_form_mixed",
+    "closed_form_of",
     "dropblock_objective",
     "duality_gap",
     "effective_gamma",

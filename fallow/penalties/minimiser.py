@@ -117,20 +117,22 @@ def dropblock_objective(
 
 @dataclass(frozen=True)
 class Minimiser:
-    """The global minimiser of (2); made by `closed_form`.
+    """The global minimiser of (2), or of it with ``beta |A|_F^2`` added; made by `closed_form` and the like.
 
     Attributes:
         predictions: A* and the bias, [N, outputs].
         bias: [outputs], or None where there is none.
         spectrum: Singular values of A*, in descending order.
         target_spectrum: Those of what is to be fitted: the targets, centred and projected.
-        head: Count q of values that are only divided by 1 + gamma.
+        head: Count q of values that are only divided, by 1 + gamma + beta.
         kept: Count rho of values that are not 0, the rank of A*.
-        threshold: What the values between these two lose; those at most that become 0.
+        threshold: What the values between these two lose (before a division by 1 + beta); those at most that
+            become 0.
         value: The least value of the objective.
         block_size: r.
         gamma: Weight of the squared norm.
         inputs: [N, features] or None where predictions are free.
+        beta: Weight of the squared Frobenius norm, 0 but for `closed_form_mixed`.
     """
 
     predictions: Tensor
@@ -144,6 +146,7 @@ class Minimiser:
     block_size: int
     gamma: float
     inputs: Tensor | None
+    beta: float = 0.0
 
     @property
     def reachable_width(self) -> int:
@@ -198,19 +201,27 @@ def closed_form(
         (0, 2, 1.75)
     """
     r, number = check_problem(block_size, gamma)
+    return minimise(targets, r, number, 0.0, inputs, bias)
+
+
+def minimise(
+    targets: Tensor, r: int, gamma: float, beta: float, inputs: Tensor | None, bias: bool
+) -> Minimiser:
+    """`closed_form` with ``beta |A|_F^2`` beside the norm: that of ``Y / (1 + beta)`` with a smaller gamma."""
     centred, basis, mean = reduced(targets, inputs, bias)
     inner = centred if basis is None else basis.T @ centred
     p, m, q = torch.linalg.svd(inner, full_matrices=False)
     m = torch.where(m > torch.finfo(targets.dtype).eps * max(inner.shape) * m.amax(), m, 0)
-    weight = torch.full((1,), number, dtype=torch.float64, device=m.device)
-    threshold, head, _ = (float(v) for v in solve(m, weight, min(r, len(m))))
-    spectrum = torch.minimum(m / (1 + number), (m - threshold).clamp_min(0))
+    scale = 1 + beta
+    weight = torch.full((1,), gamma / scale, dtype=torch.float64, device=m.device)
+    threshold, head, _ = (float(v) for v in solve(m / scale, weight, min(r, len(m))))
+    spectrum = torch.minimum(m / (scale + gamma), (m / scale - threshold).clamp_min(0))
     # A value that is equal to the threshold is not kept, whatever rounding leaves of it.
     spectrum = torch.where(spectrum > 16 * torch.finfo(m.dtype).eps * m.amax(), spectrum, 0)
     kept = int((spectrum > 0).sum())
     best = (p * spectrum) @ q
     best = best if basis is None else basis @ best
-    value = (centred - best).square().sum() + number * ksupport_sq(spectrum, min(r, len(m)))
+    penalty = gamma * ksupport_sq(spectrum, min(r, len(m))) + beta * spectrum.square().sum()
     predictions = best if mean is None else best + mean
     return Minimiser(
         predictions=predictions.to(targets.dtype),
@@ -219,9 +230,10 @@ def closed_form(
         target_spectrum=m.to(targets.dtype),
         head=min(int(head), kept),
         kept=kept,
-        threshold=threshold,
-        value=float(value),
+        threshold=scale * threshold,
+        value=float((centred - best).square().sum() + penalty),
         block_size=r,
-        gamma=number,
+        gamma=gamma,
         inputs=inputs,
+        beta=beta,
     )
