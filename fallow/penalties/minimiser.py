@@ -207,7 +207,7 @@ def closed_form(
 def minimise(
     targets: Tensor, r: int, gamma: float, beta: float, inputs: Tensor | None, bias: bool
 ) -> Minimiser:
-    """`closed_form` with ``beta |A|_F^2`` beside the norm: that of ``Y / (1 + beta)`` with a smaller gamma."""
+    """`closed_form` with ``beta |A|_F^2`` added: that of ``Y / (1 + beta)`` and ``gamma / (1 + beta)``."""
     centred, basis, mean = reduced(targets, inputs, bias)
     inner = centred if basis is None else basis.T @ centred
     p, m, q = torch.linalg.svd(inner, full_matrices=False)

@@ -72,8 +72,8 @@ def closed_form_of(
 ) -> Minimiser:
     """What training a linear network of this width with masks of a scheme can reach under squared loss.
 
-    The global minimiser over A of ``|Y - A|_F^2`` plus the convex envelope of the least of `omega` over all
-    features G and weights W with ``G W^T = A``, for a survival rate p, ``c = (1 - p) / p`` and d = `width`:
+    The global minimiser over A of ``|Y - A|_F^2`` and the least of `omega` over all features G and weights W
+    with ``G W^T = A`` (of blocks its convex envelope), for a survival rate p, ``c = (1 - p) / p``, d = `width`:
 
     - `Units`, `Gaussian`: ``c / d |A|_*^2``
     - `Blocks`, disjoint: ``c r / d |A|_(r)^2``
@@ -96,8 +96,8 @@ def closed_form_of(
 
     Raises:
         ArgumentError: no scheme.
-        UsageError: a scheme without closed form, by name and with what there is instead; masks of which no two
-            features are ever kept; and as in `closed_form`.
+        UsageError: a scheme without closed form, by name and with what there is instead; one that never keeps
+            two features together; and as in `closed_form`.
 
     References:
         Derived; for `Units` Cavazza and others (2017).
