@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fallow.kernels import Geometry
+
 # Rows of blocks written at a time where the tensor is small; more of them in large tensors.
 _RUNS = 1 << 16
 # Up to so many seeds, and entries of a table of a map's blocks, few operations count more than few writes.
@@ -84,8 +86,8 @@ class Grid:
 
     @functools.cached_property
     def sparse(self) -> bool:
-        """Whether seeds take less room than a mask."""
-        return self.seeds <= _SEEDS
+        """Whether seeds take less room than a mask, and less time."""
+        return self.seeds <= _SEEDS and not self.dense
 
     @functools.cached_property
     def dense(self) -> bool:
@@ -108,6 +110,13 @@ class Grid:
     def tabled(self) -> tuple[int, ...]:
         """Axes whose cells are looked up; `columns` are of the last one, or of none."""
         return self.sizes if self.few else self.sizes[:-1]
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """The same for the compiled kernel."""
+        parts = () if self.few else self.columns
+        classes = tuple((part.offset, part.step, part.width, part.count) for part in parts)
+        return Geometry(self.sizes, tuple(map(self.axis, self.sizes)), self.block, self.disjoint, classes)
 
     @functools.cached_property
     def chunks(self) -> list[tuple[int, int]]:
@@ -142,34 +151,65 @@ def grid_of(shape: tuple[int, ...], block: int, disjoint: bool, rate: float) -> 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds of some maps: their cells, as many of each of `Grid.columns` as `counts` says.
+    """Seeds of some maps: how many, and the key that their cells are made of.
 
-    Cells are numbered (column, map, cell of the other axes), the columns in the order of their classes.
+    Attributes:
+        counts: seeds of each of `Grid.columns`.
+        planes: maps they lie in.
+        key: see `cells`.
     """
 
-    cells: Tensor
     counts: tuple[int, ...]
     planes: int
+    key: int
 
 
 def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Seeds:
-    """Seeds of that many maps.
+    """Seeds of that many maps; without a generator, of the default CPU generator.
 
-    With a generator both the numbers and the cells of the seeds come from it. Without one the numbers come
-    from the default CPU generator and the cells from the tensor's device, which need not wait for each other.
+    Two numbers a draw, whatever there is to drop: a backward needs no memory for them, and a tensor on another
+    device does not wait.
     """
     host = generator.device if generator is not None else torch.device("cpu")
-    place = host if generator is not None or device.type != "cuda" else device
-    spans, means = _spans(grid, grid.few, planes, host)
+    means = _spans(grid, grid.few, planes, host)[1]
     counts = tuple(map(int, torch.poisson(means, generator).tolist()))
-    # 53 bits: randint's remainder of 32 bits would prefer low cells
-    uniform = torch.rand(sum(counts), dtype=torch.float64, device=place, generator=generator).to(device)
-    if len(spans) == 1:
-        return Seeds(uniform.mul_(spans[0]).long(), counts, planes)
-    first = [sum(spans[:i]) for i in range(len(spans))]
-    numbers = torch.tensor([counts, spans, first], device=device)
-    span, low = numbers[1:].repeat_interleave(numbers[0], 1, output_size=sum(counts))
-    return Seeds(uniform.mul_(span).long().add_(low), counts, planes)
+    key = int(torch.empty((), dtype=torch.long, device=host).random_(generator=generator))
+    return Seeds(counts, planes, key)
+
+
+def cells(grid: Grid, seeds: Seeds, device: torch.device) -> Tensor:
+    """The cells, those of each of the columns one after the other: ``floor(n u)`` of n, with u of 53 bits.
+
+    Seed i takes its u from number i of splitmix64 with the key as its state, in whole numbers of 64 bits that
+    wrap around, so that every device and the compiled kernel have the same. Cells are numbered (column, map,
+    cell of the other axes), the columns in the order of their classes.
+
+    References:
+        Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014).
+    """
+    z = (
+        torch.arange(1, sum(seeds.counts) + 1, device=device)
+        .mul_(_signed(0x9E3779B97F4A7C15))
+        .add_(seeds.key)
+    )
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z.bitwise_xor_(_shifted(z, shift)).mul_(_signed(factor))
+    u = _shifted(z.bitwise_xor_(_shifted(z, 31)), 11).double()
+    found, begin, low = [], 0, 0
+    for count, span in zip(seeds.counts, _spans(grid, grid.few, seeds.planes, device)[0], strict=True):
+        found.append(u[begin : begin + count].mul_(span * 2.0**-53).long().add_(low))
+        begin, low = begin + count, low + span
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _signed(number: int) -> int:
+    """The same 64 bits as torch has them."""
+    return number - (number >> 63 << 64)
+
+
+def _shifted(number: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros coming in."""
+    return (number >> bits).bitwise_and_((1 << 64 - bits) - 1)
 
 
 @functools.lru_cache(64)
@@ -191,11 +231,23 @@ def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float
         first: the number of the map that the seeds call 0.
         value: what to write.
     """
-    if not seeds.cells.numel():
-        return
+    if any(seeds.counts):
+        write(target, grid, cells(grid, seeds, target.device), seeds.counts, seeds.planes, first, value)
+
+
+def write(
+    target: Tensor,
+    grid: Grid,
+    numbers: Tensor,
+    counts: tuple[int, ...],
+    planes: int,
+    first: int = 0,
+    value: float = 0,
+) -> None:
+    """`erase` for cells that are known."""
     stride, begin = target.stride(), 0
-    runs = _runs(target, grid, seeds, first)
-    for part, count in zip(grid.columns, seeds.counts, strict=True):
+    runs = _runs(target, grid, numbers, planes, first)
+    for part, count in zip(grid.columns, counts, strict=True):
         # a run's start, then its positions one after the other, wherever the run starts
         length = target.numel() - (part.width - 1) * stride[-1]
         view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
@@ -203,14 +255,13 @@ def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float
         begin += count
 
 
-def _runs(target: Tensor, grid: Grid, seeds: Seeds, first: int) -> Tensor:
-    """Where each row of each block starts in the memory of the target, [seeds, rows of a block]."""
+def _runs(target: Tensor, grid: Grid, rest: Tensor, planes: int, first: int) -> Tensor:
+    """Where each row of each cell's block starts in the memory of the target, [cells, rows of a block]."""
     stride, channels = target.stride(), target.shape[1]
     tables, starts = _tables(grid.sizes, grid.block, grid.disjoint, grid.few, stride[2:], target.device)
-    rest, offsets = seeds.cells, []
-    begin = None
+    offsets, begin = [], None
     if len(starts) > 1:
-        others = seeds.planes * math.prod(table.shape[0] for table in tables)
+        others = planes * math.prod(table.shape[0] for table in tables)
         column, rest = _split(rest, others)
         begin = starts.index_select(0, column)
     for table in reversed(tables):
@@ -266,6 +317,9 @@ def _tables(
 
 def paint(target: Tensor, grid: Grid, generator: torch.Generator | None, value: float = 0) -> Tensor:
     """Write `value` into the blocks of a fresh draw, and return the contiguous target."""
+    if target.numel() and grid.sparse:
+        erase(target, grid, draw(grid, grid.planes, target.device, generator), value=value)
+        return target
     for first, count in grid.chunks if target.numel() else ():
         if grid.dense:
             mask = dilated(grid, count, target.device, generator)

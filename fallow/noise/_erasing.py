@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallow.kernels import drop_masked, drop_seeds
 from fallow.noise._blocks import Grid, Seeds, erase
 
 
 def scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
-    """``factor * x`` with zeros in the blocks of the seeds; they alone are kept for the gradient."""
+    """``factor * x`` with zeros in the blocks of the seeds; nothing of x is kept for the gradient.
+
+    The seeds are of every map, or of the rows alone, whose channels share them.
+    """
     if not _differentiated(x):
         return _scaled(x, factor, grid, seeds)
     if torch._C._are_functorch_transforms_active():  # which take no autograd function of the older form
-        kept = torch.ones(x.shape, dtype=torch.bool, device=x.device)
-        erase(kept, grid, seeds)
-        return torch.where(kept, x * factor, 0)
-    return _Sparse.apply(x, seeds.cells, factor, grid, seeds)  # pyright: ignore[reportReturnType]
+        return torch.where(_kept(x, grid, seeds), x * factor, 0)
+    return _Sparse.apply(x, factor, grid, seeds)  # pyright: ignore[reportReturnType]
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -27,9 +29,21 @@ def _differentiated(x: Tensor) -> bool:
 
 
 def _scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
+    out = drop_seeds(x, factor, grid.geometry, seeds.planes, seeds.counts, seeds.key)
+    if out is not None:
+        return out
+    if seeds.planes != x.shape[0] * x.shape[1]:
+        return _masked(x, factor, _kept(x, grid, seeds))
     out = x * factor
     erase(out, grid, seeds)
     return out
+
+
+def _kept(x: Tensor, grid: Grid, seeds: Seeds) -> Tensor:
+    channels = seeds.planes // x.shape[0]
+    kept = torch.ones((x.shape[0], channels, *x.shape[2:]), dtype=torch.bool, device=x.device)
+    erase(kept, grid, seeds)
+    return kept
 
 
 class _Sparse(torch.autograd.Function):
@@ -37,50 +51,45 @@ class _Sparse(torch.autograd.Function):
 
     # The older form, context first: the newer one inspects the signature at every call.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
-        ctx.factor, ctx.grid, ctx.counts, ctx.planes = factor, grid, seeds.counts, seeds.planes
-        ctx.save_for_backward(cells)
-        ctx.save_for_forward(cells)
+    def forward(ctx: Any, x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
+        ctx.way = factor, grid, seeds
         return _scaled(x, factor, grid, seeds)
 
     @staticmethod
-    def _again(ctx: Any, x: Tensor) -> Tensor:
-        (cells,) = ctx.saved_tensors
-        return scaled(x, ctx.factor, ctx.grid, Seeds(cells, ctx.counts, ctx.planes))
-
-    @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _Sparse._again(ctx, grads[0]), None, None, None, None
+        return scaled(grads[0], *ctx.way), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Sparse._again(ctx, tangents[0])
+        return scaled(tangents[0], *ctx.way)
 
 
-def shared(x: Tensor, factor: float, kept: Tensor) -> Tensor:
-    """``factor * x * kept``, where ``kept``, in x's dtype, has one channel for all and zeros where dropped.
-
-    One pass over x. (An infinite x that is dropped becomes NaN, as in torch's dropout.)
-    """
+def masked(x: Tensor, factor: float, kept: Tensor) -> Tensor:
+    """``factor * x`` with zeros where `kept`, of x's shape or with one channel for all, is False."""
     if not _differentiated(x):
-        return _shared(x, factor, kept)
+        return _masked(x, factor, kept)
     if torch._C._are_functorch_transforms_active():
-        return x * factor * kept
-    return _Shared.apply(x, kept, factor)  # pyright: ignore[reportReturnType]
+        return torch.where(kept, x * factor, 0)
+    return _Masked.apply(x, kept, factor)  # pyright: ignore[reportReturnType]
 
 
-def _shared(x: Tensor, factor: float, kept: Tensor) -> Tensor:
-    if factor == 1:
-        return x * kept
+def _masked(x: Tensor, factor: float, kept: Tensor) -> Tensor:
+    out = drop_masked(x, factor, kept)
+    if out is not None:
+        return out
+    out = x * factor
+    if kept.shape == x.shape or not x.is_floating_point():
+        return out.masked_fill_(~kept, 0)
     if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return torch.addcmul(kept.new_zeros(()), x, kept, value=factor)
-    out = x * factor  # channels last: what is dropped is a few whole runs of memory
-    dropped = (kept == 0).flatten().nonzero().flatten()
+        # masked_fill_ takes one element at a time; this is the same choice many at a time
+        wide = kept.to(x.dtype).expand_as(out)
+        return torch.ops.aten.threshold_backward.grad_input(out, wide, 0, grad_input=out)
+    dropped = (~kept).flatten().nonzero().flatten()  # channels last: a few whole runs of memory
     out.movedim(1, -1).view(-1, x.shape[1]).index_fill_(0, dropped, 0)
     return out
 
 
-class _Shared(torch.autograd.Function):
+class _Masked(torch.autograd.Function):
     """Linear in x, too."""
 
     @staticmethod
@@ -88,12 +97,12 @@ class _Shared(torch.autograd.Function):
         ctx.factor = factor
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
-        return _shared(x, factor, kept)
+        return _masked(x, factor, kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return shared(grads[0], ctx.factor, *ctx.saved_tensors), None, None
+        return masked(grads[0], ctx.factor, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return shared(tangents[0], ctx.factor, *ctx.saved_tensors)
+        return masked(tangents[0], ctx.factor, *ctx.saved_tensors)

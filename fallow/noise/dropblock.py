@@ -209,19 +209,11 @@ def _drop(
         dropped = _blocks.dilated(cells, cells.planes, x.device, generator).view(shape)
         return (x * (1 / p)).masked_fill(dropped, 0)
     cells = _grid(shape, block, grid, p)
-    if normalise == "realised":
-        mask = _blocks.paint(torch.ones(shape, dtype=torch.bool, device=x.device), cells, generator)
-        factor = mask.numel() / max(int(mask.sum()), 1)
-        return _erasing.shared(x, factor, mask.to(x.dtype)) if shared_channels else x * factor * mask
-    if shared_channels:
-        # 1/p is not a number of the half types: a tensor of factors would be off by up to 0.4 %
-        exact = x.dtype.itemsize >= 4
-        kept = torch.full(shape, 1 / p if exact else 1, dtype=x.dtype, device=x.device)
-        return _erasing.shared(x, 1 if exact else 1 / p, _blocks.paint(kept, cells, generator))
-    if cells.sparse:
+    if cells.sparse and normalise == "expected":
         return _erasing.scaled(x, 1 / p, cells, _blocks.draw(cells, cells.planes, x.device, generator))
-    dropped = torch.zeros(shape, dtype=torch.bool, device=x.device)
-    return (x * (1 / p)).masked_fill_(_blocks.paint(dropped, cells, generator, True), 0)
+    kept = _blocks.paint(torch.ones(shape, dtype=torch.bool, device=x.device), cells, generator)
+    factor = 1 / p if normalise == "expected" else kept.numel() / max(int(kept.sum()), 1)
+    return _erasing.masked(x, factor, kept)
 
 
 def _grid(shape: Sequence[int], block: int, grid: str, p: float) -> Grid:

@@ -177,7 +177,7 @@ def test_little_memory_beside_the_result_and_less_kept_for_the_gradient(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         drop_block2d(x, **options)
-    assert 0 < sum(tensor.nbytes for tensor in kept) <= 0.1 * x.nbytes
+    assert sum(tensor.nbytes for tensor in kept) <= 0.1 * x.nbytes
 
 
 def test_autocast_leaves_the_dtype() -> None:

@@ -145,10 +145,9 @@ def test_the_cells_blocks_are_those_of_the_oracle(
     for kind, part in enumerate(parts):
         for _ in range(rows * channels * math.prod(map(cells.axis, cells.tabled)) * part.count):
             counts = tuple(int(other == kind) for other in range(len(parts)))
-            seeds = _blocks.Seeds(torch.tensor([number]), counts, rows * channels)
-            number += 1
             target = blank.clone()
-            _blocks.erase(target, cells, seeds, value=1)
+            _blocks.write(target, cells, torch.tensor([number]), counts, rows * channels, value=1)
+            number += 1
             places = [tuple(place) for place in target.nonzero().tolist()]
             assert len({place[:2] for place in places}) == 1
             found[places[0][:2], frozenset(place[2:] for place in places)] += 1

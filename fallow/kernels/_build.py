@@ -1,0 +1,203 @@
+"""The compiled library: built on first use with the compiler of torch's extensions, kept, and done without."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("dropblock.cpp")
+_COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
+# Tried in this order: what the compiler knows of the processor and of threads differs.
+_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+_TIMEOUT = 60.0  # seconds for all of them together
+_OFF = ("0", "off", "false", "no")
+
+_log = logging.getLogger("fallow")
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether the compiled kernels are used; true or false by itself.
+
+    Attributes:
+        used: they are.
+        reason: why not; empty where they are.
+    """
+
+    used: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.used
+
+
+def available() -> Availability:
+    """Whether this process uses the compiled kernels, and why not; builds them if nothing has yet.
+
+    They are built once for a compiler and processor, in a second or two, at the first call that gains from
+    them: with ``$CXX``, else ``c++``, into ``$TORCH_EXTENSIONS_DIR/fallow``, else ``$XDG_CACHE_HOME/fallow``
+    (``~/.cache/fallow``). Where that fails, and under ``FALLOW_KERNELS=0``, the same results come from torch's
+    own operations. No kernel changes a result.
+
+    Examples:
+        >>> bool(available()) == (available().reason == "")
+        True
+    """
+    if switched_off():
+        return Availability(False, f"FALLOW_KERNELS={os.environ['FALLOW_KERNELS']} switches them off")
+    found = library()
+    return Availability(found is not None, "" if found is not None else _Loaded.reason)
+
+
+def switched_off() -> bool:
+    """Whether the environment says so now."""
+    return os.environ.get("FALLOW_KERNELS", "").lower() in _OFF
+
+
+class _Loaded:
+    """What this process has: nothing yet, the library, or the reason why there is none."""
+
+    library: ctypes.CDLL | None = None
+    reason: str = ""
+
+
+def ready() -> bool:
+    """Whether `library` has its answer without building."""
+    return _Loaded.library is not None or bool(_Loaded.reason)
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, built and loaded at the first call; None for the rest of the process if that fails."""
+    if not ready():
+        with _lock:
+            if not ready():
+                try:
+                    _Loaded.library = _load_or_build()
+                except Exception as error:  # whatever it is, the plain form does the work
+                    _Loaded.reason = f"{error}" or type(error).__name__
+                    _log.debug("no compiled kernels: %s", _Loaded.reason)
+    return _Loaded.library
+
+
+class _CannotBuild(Exception):
+    """Why there will be no library."""
+
+
+def _load_or_build() -> ctypes.CDLL:
+    compiler = _compiler()
+    folder = _folder()
+    path = folder / f"dropblock-{_key(compiler)}.so"
+    if path.exists():
+        try:
+            return _load(path)
+        except (OSError, AttributeError):
+            pass  # a file of another system, or a damaged one: made anew
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _CannotBuild(f"{folder} cannot be written ({error}); set TORCH_EXTENSIONS_DIR") from error
+    deadline, complaint = time.monotonic() + _TIMEOUT, ""
+    for flags in _FLAGS:
+        # a name of its own until it is whole: other processes may be at it, or waiting to load it
+        with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
+            built = Path(part) / path.name
+            complaint = _compile([*compiler, *_COMMON, *flags, str(_SOURCE), "-o", str(built)], deadline)
+            if not complaint:
+                try:
+                    found = _load(built)
+                except (OSError, AttributeError) as error:
+                    complaint = str(error)
+                    continue
+                os.replace(built, path)
+                return found
+    raise _CannotBuild(f"{shlex.join(compiler)} does not compile them: {complaint}")
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.fallow_dropblock_takes.argtypes = [ctypes.c_int32]
+    pointer = ctypes.c_void_p
+    found.fallow_dropblock.argtypes = [
+        *(pointer, pointer, pointer, ctypes.c_uint64),
+        *(pointer, pointer, ctypes.c_double, pointer, pointer, ctypes.c_int64),
+    ]
+    found.fallow_dropblock.restype = None
+    return found
+
+
+def _compiler() -> list[str]:
+    """The compiler's command, as torch.utils.cpp_extension.get_cxx_compiler has it.
+
+    That module is not imported: it takes longer than the build's answer from the cache, and setuptools.
+    """
+    if sys.platform == "win32":
+        raise _CannotBuild("they are not built on Windows")
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    found = shutil.which(command[0]) if command else None
+    if found is None:
+        raise _CannotBuild(f"there is no C++ compiler {command[0] if command else ''}; set CXX to one")
+    return [found, *command[1:]]
+
+
+def _folder() -> Path:
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root) / "fallow"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fallow"
+
+
+def _key(compiler: list[str]) -> str:
+    """Of everything that makes another library: home directories are shared by unlike machines."""
+    program = os.stat(os.path.realpath(compiler[0]))  # its version, without the time to ask for it
+    parts = (
+        _SOURCE.read_bytes(),
+        *map(str, (compiler, program.st_size, program.st_mtime_ns, _COMMON, _FLAGS, sys.platform)),
+        *(platform.machine(), *platform.libc_ver(), _processor()),
+    )
+    joined = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
+    return hashlib.sha256(joined).hexdigest()[:20]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = []
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if not line.strip():
+                    break  # the others are like the first
+                if not line.startswith(("processor", "cpu MHz", "bogomips", "apicid", "core id", "initial")):
+                    lines.append(line.strip())
+    except OSError:
+        lines = [platform.processor(), platform.node()]
+    return "\n".join(lines)
+
+
+def _compile(command: list[str], deadline: float) -> str:
+    """Run the compiler; what it says if that fails, else nothing."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            code = process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which do the work
+            process.wait()
+            raise _CannotBuild(f"{command[0]} took more than {_TIMEOUT:g} s") from None
+        said.seek(0)
+        words = said.read(2000).decode(errors="replace").strip()
+    return "" if code == 0 else words or f"exit status {code}"
