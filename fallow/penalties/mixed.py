@@ -73,7 +73,7 @@ def closed_form_of(
     """What training a linear network of this width with masks of a scheme can reach under squared loss.
 
     The global minimiser over A of ``|Y - A|_F^2`` and the least of `omega` over all features G and weights W
-    with ``G W^T = A`` (of blocks its convex envelope), for a survival rate p, ``c = (1 - p) / p``, d = `width`:
+    with ``G W^T = A`` (of blocks its convex envelope). With survival rate p, ``c = (1 - p) / p``, width d:
 
     - `Units`, `Gaussian`: ``c / d |A|_*^2``
     - `Blocks`, disjoint: ``c r / d |A|_(r)^2``
