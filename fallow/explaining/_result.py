@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fallow._version import __version__
+
+if TYPE_CHECKING:
+    from fallow.explaining._head_result import HeadExplanation
 
 SCHEMA = 1
 TITLES = {
@@ -91,7 +94,7 @@ class Explanation:
     """What stochastic depth penalises, and how much; made by `fallow.explain`, prints as a table.
 
     Attributes:
-        rows: one a site, in the order they run.
+        rows: one a site, in the order they run; none where the model has noise in front of its head alone.
         totals: of all sites.
         loss_kind: "cross_entropy", "quadratic", "linear" or "other", told by the curvature.
         scale: "train" or "eval".
@@ -100,6 +103,7 @@ class Explanation:
         draws: draws of all masks.
         notes: what to make of it, in words.
         settings: how it was measured.
+        head: what noise in front of the last linear layer penalises, the sites at rest; None without any.
     """
 
     rows: tuple[SitePenalty, ...]
@@ -111,6 +115,7 @@ class Explanation:
     draws: int
     notes: tuple[str, ...]
     settings: dict[str, Any]
+    head: HeadExplanation | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The whole as JSON takes it; numbers that are not finite become None."""
@@ -122,15 +127,21 @@ class Explanation:
             "mode": self.mode,
             "samples": self.samples,
             "draws": self.draws,
-            "sites": [_finite(asdict(row)) for row in self.rows],
-            "totals": _finite(asdict(self.totals)),
+            "sites": [finite(asdict(row)) for row in self.rows],
+            "totals": finite(asdict(self.totals)),
             "notes": list(self.notes),
-            "settings": _finite(self.settings),
+            "settings": finite(self.settings),
+            "head": None if self.head is None else self.head.as_dict(),
             "provenance": {"fallow": __version__},
         }
 
     def __str__(self) -> str:
-        """The table."""
+        """The table, and below it that of the head."""
+        head = [] if self.head is None else [str(self.head)]
+        sites = self._table() if self.rows else [f"note: {n}" for n in self.notes]
+        return "\n".join([*sites, *head])
+
+    def _table(self) -> list[str]:
         noise = "p(1-p)" if self.scale == "eval" else "(1-p)/p"
         width = max([len(r.name) for r in self.rows] + [4])
         heads = "".join(f"{TITLES[form]:>12}" for form in ("hessian", "bregman", "linearised", "alone"))
@@ -140,7 +151,7 @@ class Explanation:
             mc = with_error(r.monte_carlo, r.monte_carlo_error)
             share = "-" if r.share is None else f"{100 * r.share:.3g}"
             lines.append(f"{r.name:<{width}}  {r.rate:6.3f} {r.noise:8.4g}{forms}  {mc:>22}  {share:>15}")
-        return "\n".join([*lines, *self._totals(), *(f"note: {n}" for n in self.notes)])
+        return [*lines, *self._totals(), *(f"note: {n}" for n in self.notes)]
 
     def _totals(self) -> list[str]:
         t = self.totals
@@ -165,6 +176,28 @@ class Explanation:
         return lines
 
 
+def of_head(head: HeadExplanation) -> Explanation:
+    """The explanation of a model whose noise is in front of its head alone."""
+    nothing = dict.fromkeys(("regulariser", "regulariser_error", "plug_in", "noise_mass", "noise"), 0.0)
+    losses = dict.fromkeys(("loss_full", "loss_evaluation", "loss_noisy", "loss_mean_output"), head.loss)
+    return Explanation(
+        rows=(),
+        totals=Totals(
+            **nothing, **losses, loss_noisy_error=0.0, sums={}, ratios={}, verdicts={}, sum_error=None
+        ),
+        loss_kind=head.loss_kind,
+        scale="train",
+        mode="row",
+        samples=head.samples,
+        draws=head.draws,
+        notes=(
+            "no survival rates of branches were said (rates=): this is the noise in front of the head alone",
+        ),
+        settings=head.settings,
+        head=head,
+    )
+
+
 def said_of(verdict: str, ratio: float) -> str:
     """A verdict in words."""
     if verdict == "off":
@@ -183,9 +216,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same without numbers that are not finite, which JSON does not take: None instead."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

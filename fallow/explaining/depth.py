@@ -12,6 +12,7 @@ stands for; whether it does, a Monte Carlo estimate of R beside it tells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from fallow.errors import ArgumentError, UsageError, check_choice, check_count
 from fallow.explaining._batch import Effort, Measured, Trial, on_trial
 from fallow.explaining._noise import Noise
 from fallow.explaining._outputs import OutputLoss
-from fallow.explaining._result import Explanation
+from fallow.explaining._result import Explanation, of_head
 from fallow.explaining._summary import summary
+from fallow.explaining.head import head_beside
 from fallow.feed import LossFunction, inputs_of, pairs
+from fallow.schemes import Scheme
 from fallow.surgery import handle_of, probe
 from fallow.surgery.decide import check_seed
 from fallow.surgery.survey import matches, patterns
@@ -48,10 +51,15 @@ def explain(
     granularity: str = "branch",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    head: str | None = None,
+    scheme: Scheme | None = None,
     max_batches: int = 4,
     seed: int = 0,
 ) -> Explanation:
     """Measure the penalty that stochastic depth adds to a loss, in all and site by site.
+
+    Where noise stands in front of the last linear layer, or ``head`` or ``scheme`` says so, its penalty is
+    below, measured on its own (`explain_head`); a model without rates and handle has that part alone.
 
     The model is tried in eval mode (BatchNorm by its running statistics, the model's own dropout off) and
     left as it was. Masks are a function of the seed; no global random number generator is moved.
@@ -92,12 +100,14 @@ def explain(
         granularity: as in `fallow.sites`.
         include: as in `fallow.sites`; other sites are kept throughout.
         exclude: as in `fallow.sites`.
+        head: name of the last linear layer; None: found, if noise feeds it.
+        scheme: law of the masks in front of it (`fallow.schemes`); None: that of the noise found there.
         max_batches: how many batches to take at most.
         seed: of masks and labels.
 
     Raises:
-        UsageError: no rates and no handle; no batch; a loss that is no scalar or does not depend on the
-            output; an output without floating tensors, or too large to keep.
+        UsageError: no rates, no handle and no noisy head; no batch; a loss that is no scalar or does not
+            depend on the output; an output without floating tensors, or too large to keep.
         RunError: the loss is not finite; the output changes its form.
         SiteError: the model has no site; the loss's gradient does not reach one.
         RateError: a rate outside (0, 1].
@@ -111,9 +121,12 @@ def explain(
         check_choice("explain: mode", mode, ("row", "batch"))
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    rates, scale = _noise_of(model, rates, scale)
     check_seed(seed)
     found = pairs(model, batches, max_batches, "explain")
+    part = head_beside(model, loss_fn, found, head, scheme, draws, seed)
+    if part is not None and rates is None and handle_of(model) is None:
+        return of_head(part)
+    rates, scale = _noise_of(model, rates, scale)
     chosen = {"granularity": granularity, "include": patterns(include), "exclude": patterns(exclude)}
     with torch.inference_mode(False), tapped(model, found[0][0], **chosen) as taps:
         asked = rules.resolve(_within(rates, chosen, taps), taps.costs)
@@ -128,7 +141,7 @@ def explain(
                 losses = on_trial(taps, loss_fn, (inputs, target))
             first = sum(m.rows for m in measured)
             measured.append(trial.measure(losses, inputs, dims, first, number))
-    return summary(noise, effort, measured)
+    return replace(summary(noise, effort, measured), head=part)
 
 
 def _effort(draws: int, site_draws: int, label_draws: int) -> Effort:
@@ -149,7 +162,7 @@ def _noise_of(model: nn.Module, rates: Rates | None, scale: str | None) -> tuple
         raise UsageError(
             "explain: this model has no handle to take survival rates from: pass rates= (a rule such as "
             "fallow.rates.linear(last=0.5), a mapping or a plan), or explain a model that fallow.apply was "
-            "called on"
+            "called on; nor is there noise in front of its last linear layer: pass scheme= for that"
         )
     given = scale or (handle.options.scale if handle is not None else "train")
     return (handle.current_rates if rates is None and handle is not None else rates), given  # type: ignore

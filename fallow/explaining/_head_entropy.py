@@ -1,0 +1,87 @@
+"""A head under cross-entropy: the quadratic form of its penalty and Jensen's bound, beside Monte Carlo.
+
+A cross-entropy is ``sum_n w_n (logsumexp(z_n) - <t_n, z_n>)`` plus a constant, and its curvature says w.
+Noise of mean 0 in z does not change the mean of the second term, so that neither form needs the targets t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fallow.explaining._head_found import HeadNoise
+from fallow.explaining._head_readings import Head, Reading
+from fallow.explaining._head_squared import as_blocks
+from fallow.penalties import jensen_bound, quadratic_surrogate
+
+_GROUPS = 64  # of equal weights; where there are more, the forms are left out
+
+
+def quadratic_form(head: Head, noise: HeadNoise) -> float | None:
+    """The second-order form of the penalty; None where weights differ between too many samples.
+
+    Formula: ``sum_n w_n / 2 [sum_j p_j V_jj - sum_jl p_j p_l V_jl]``, V the covariance of the logits. Masks
+    of weights leave only its diagonal: ``sum_n w_n / 2 sum_j p_j (1 - p_j) V_jj``.
+    """
+    total = 0.0
+    for reading in head.readings:
+        groups = _groups(reading)
+        if groups is None:
+            return None
+        for weight, rows in groups:
+            g = reading.features[rows]
+            total += weight * float(
+                _of_weights(head, g, noise)
+                if noise.weights
+                else quadratic_surrogate(head.weight, g, noise.scheme, bias=head.bias)
+            )
+    return total
+
+
+def _of_weights(head: Head, features: Tensor, noise: HeadNoise) -> Tensor:
+    rate = noise.scheme.mean(len(head.weight[0])).to(features)
+    logits = features @ head.weight.T
+    p = (logits if head.bias is None else logits + head.bias).softmax(1)
+    variance = (features.square() * ((1 - rate) / rate)) @ head.weight.square().T
+    return (p * (1 - p) * variance).sum() / 2
+
+
+def jensen(head: Head, noise: HeadNoise) -> float | None:
+    """Jensen's bound of the penalty; None where there is none: for other laws than those of equal blocks."""
+    like = None if noise.weights else as_blocks(noise.scheme, head.weight.shape[1], exactly=True)
+    if like is None:
+        return None
+    rate, size = like
+    total = 0.0
+    for reading in head.readings:
+        groups = _groups(reading)
+        if groups is None:
+            return None
+        for weight, rows in groups:
+            z = reading.output[rows]
+            any_class = z.argmax(1)
+            plain = (z.logsumexp(1) - z.gather(1, any_class[:, None])[:, 0]).sum()
+            bound = jensen_bound(
+                head.weight,
+                reading.features[rows],
+                any_class,
+                survival_rate=rate,
+                block_size=size,
+                bias=head.bias,
+            )
+            total += weight * float(bound - plain)
+    return total
+
+
+def _groups(reading: Reading) -> Iterator[tuple[float, Tensor]] | None:
+    """Rows of equal weight, with that weight and the batch's share in it."""
+    w = reading.curvature.weights[0].double().reshape(len(reading.features))
+    # weights are fitted to a product with the Hessian: equal ones are so to the root of the precision
+    unit = float(w.amax()) * 1e-6
+    levels, which = torch.round(w / unit).unique(return_inverse=True)
+    if len(levels) > _GROUPS:
+        return None
+    found = [(which == i).nonzero()[:, 0] for i in range(len(levels)) if float(levels[i]) > 0]
+    return ((reading.share * float(w[rows].mean()), rows) for rows in found)
