@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fallow.data import Dataset, augment
 from fallow.errors import UsageError
-from fallow.recipes._config import Config
+from fallow.recipes._config import Surroundings
 
 # Mirror images of digits and letters are other signs; (flip, largest shift in pixels).
 _AUGMENTATION = {"digits": (False, 1), "mnist": (False, 2), "svhn": (False, 0)}
@@ -40,7 +40,7 @@ class Batches:
         per_epoch: steps in an epoch.
     """
 
-    def __init__(self, dataset: Dataset, config: Config) -> None:
+    def __init__(self, dataset: Dataset, config: Surroundings) -> None:
         self.dataset, self.config = dataset, config
         train, validation = dataset.split_validation(0.1, config.seed)
         device = torch.device(config.device)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -49,6 +49,40 @@ _AT_LEAST = {
 def option(text: str, default: Any = None) -> Any:
     """A field of `Config` with the help text that its flag shows."""
     return field(default=default, metadata={"help": text})
+
+
+class Surroundings(Protocol):
+    """What the options of all kinds of runs say of images, device and draws."""
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Settled: cpu, cuda or cuda:N."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads."""
+        ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images to a step."""
+        ...
+
+    @property
+    def augment(self) -> bool:
+        """Whether training images are shifted and flipped."""
+        ...
+
+    @property
+    def channels_last(self) -> bool:
+        """The memory format of images and weights."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +170,7 @@ class Config:
             epochs=epochs,
             batch_size=(_DIGITS if digits else _OTHERS)[1] if self.batch_size is None else self.batch_size,
             threads=_or(self.threads, 1 if digits else torch.get_num_threads()),
-            device=_device(self.device),
+            device=device_of(self.device),
             **_settled_rates(self),
             **_settled_sensemode(self, epochs),
         )
@@ -179,7 +213,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")

@@ -18,7 +18,7 @@ from fallow.planning import RunningSensitivities, allocate, from_sensitivities
 from fallow.recipes import _results
 from fallow.recipes._arm import Arm, build, droppable_time
 from fallow.recipes._batches import Batches
-from fallow.recipes._config import Config
+from fallow.recipes._config import Config, Surroundings
 from fallow.recipes._run import RESULTS, RunFolder
 from fallow.surgery import Handle, apply
 
@@ -183,7 +183,7 @@ def prepared(config: Config, command: str) -> Iterator[Job]:
 
 
 @contextlib.contextmanager
-def surroundings(config: Config) -> Iterator[None]:
+def surroundings(config: Surroundings) -> Iterator[None]:
     """Threads, generators and deterministic kernels of a run; all as before afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     cuda = config.device.startswith("cuda")

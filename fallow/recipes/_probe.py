@@ -17,7 +17,7 @@ from fallow.errors import FallowError, RunError, UsageError, check_count
 from fallow.feed import call_model
 from fallow.integrations.loading import channels_taken, inputs_taken, load_model, run_config, side_taken
 from fallow.recipes._batches import generator, seed_of
-from fallow.recipes._config import Config, _device
+from fallow.recipes._config import Config, device_of
 from fallow.recipes._job import images
 
 TOKENS = "tokens"
@@ -109,7 +109,7 @@ def probe(name: str, source: Source) -> Probe:
     found = list(_batches(chosen, _places(chosen, config, source), source.batch_size, size))
     if len(found) < source.batches:
         notes.append(f"there are images for {len(found)} of the {source.batches} batches")
-    model = model.to(_device(source.device))
+    model = model.to(device_of(source.device))
     _try(model, name, found[0][0])
     return Probe(model, _of_classes, found, tuple(notes), chosen.name, config)
 
@@ -157,7 +157,7 @@ def _try(model: nn.Module, name: str, inputs: Tensor) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with torch.no_grad():
-            output = _logits(call_model(model.eval(), inputs[:2].to(device)))
+            output = logits_of(call_model(model.eval(), inputs[:2].to(device)))
     except FallowError:
         raise
     except Exception as error:  # whatever a model says of images of the wrong size
@@ -173,10 +173,11 @@ def _try(model: nn.Module, name: str, inputs: Tensor) -> None:
 
 def _of_classes(output: Any, target: Tensor) -> Tensor:
     """Mean cross entropy of the labels."""
-    return F.cross_entropy(_logits(output), target)
+    return F.cross_entropy(logits_of(output), target)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The output, or its logits where it has more."""
     return output if isinstance(output, Tensor) else output.logits
 
 
@@ -212,17 +213,19 @@ def _of_tokens(name: str, source: Source) -> Probe:
         found.append((inputs, tokens.masked_fill(~hidden, _IGNORED)))
     task = "finding replaced tokens again" if masked else "the next token"
     note = f"the batches are random tokens, not a text; the loss is the model's own, of {task}"
-    return Probe(model.to(_device(source.device)), _of_masked if masked else _of_next, found, (note,), TOKENS)
+    return Probe(
+        model.to(device_of(source.device)), _of_masked if masked else _of_next, found, (note,), TOKENS
+    )
 
 
 def _of_next(output: Any, target: Tensor) -> Tensor:
     """Mean cross entropy of each token after those before it."""
-    return F.cross_entropy(_logits(output)[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+    return F.cross_entropy(logits_of(output)[:, :-1].flatten(0, 1), target[:, 1:].flatten())
 
 
 def _of_masked(output: Any, target: Tensor) -> Tensor:
     """Mean cross entropy of the hidden tokens."""
-    return F.cross_entropy(_logits(output).flatten(0, 1), target.flatten(), ignore_index=_IGNORED)
+    return F.cross_entropy(logits_of(output).flatten(0, 1), target.flatten(), ignore_index=_IGNORED)
 
 
 # --- around it ---------------------------------------------------------------------------------------------

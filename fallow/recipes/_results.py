@@ -11,7 +11,7 @@ import torch
 from fallow._version import __version__
 from fallow.recipes._arm import Arm
 from fallow.recipes._batches import Batches
-from fallow.recipes._config import Config
+from fallow.recipes._config import Config, Surroundings
 from fallow.recipes._measure import mean, ratio
 from fallow.surgery import Handle
 
@@ -23,7 +23,7 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def provenance(config: Config, batches: Batches, command: str, started: str) -> dict[str, Any]:
+def provenance(config: Surroundings, batches: Batches, command: str, started: str) -> dict[str, Any]:
     """What a reader needs to know where numbers come from, and to make them again."""
     data = batches.dataset
     return {
@@ -47,7 +47,7 @@ def provenance(config: Config, batches: Batches, command: str, started: str) -> 
     }
 
 
-def _hardware(config: Config) -> str:
+def _hardware(config: Surroundings) -> str:
     if config.device.startswith("cuda"):
         return torch.cuda.get_device_name(config.device)
     capability = torch.backends.cpu.get_cpu_capability()

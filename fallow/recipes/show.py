@@ -23,11 +23,11 @@ class Show(Protocol):
     def begin(self, step: int, total: int) -> None:
         """The loop starts at `step` of `total`."""
 
-    def step(self, done: int, loss: float, depth: float, cost: float) -> None:
-        """A step is over: the model's loss, realised depth and share of the dense cost."""
+    def step(self, done: int, words: str) -> None:
+        """A step is over; its loss and the like in words."""
 
-    def epoch(self, records: dict[str, dict[str, Any]], epochs: int) -> None:
-        """An epoch is over; one record an arm."""
+    def epoch(self, words: str) -> None:
+        """An epoch is over."""
 
     def end(self) -> None:
         """The loop is over, one way or another."""
@@ -58,15 +58,15 @@ class Lines:
         self._first, self._total = step, total
         self._start = self._last = time.monotonic()
 
-    def step(self, done: int, loss: float, depth: float, cost: float) -> None:
+    def step(self, done: int, words: str) -> None:
         """Write a line where the last one is long ago."""
         self._done = done
         if time.monotonic() - self._last >= _PLAIN_EVERY:
-            self._line(f"step {done}/{self._total}  loss {loss:.4f}  depth {depth:.1f}  cost {cost:.3f}")
+            self._line(f"step {done}/{self._total}  {words}")
 
-    def epoch(self, records: dict[str, dict[str, Any]], epochs: int) -> None:
+    def epoch(self, words: str) -> None:
         """Write the epoch's line."""
-        self._line(f"epoch {epoch_words(records, epochs)}")
+        self._line(f"epoch {words}")
 
     def end(self) -> None:
         """Nothing is left open."""
@@ -108,17 +108,16 @@ class Live:
         self._task = self._progress.add_task("", total=total, completed=step, shown="")
         self._progress.start()
 
-    def step(self, done: int, loss: float, depth: float, cost: float) -> None:
+    def step(self, done: int, words: str) -> None:
         """Bring the line up to date, a few times a second."""
-        shown = f"loss {loss:.3f}  depth {depth:.1f}  cost {cost:.2f}"
-        self._progress.update(self._task, completed=done, shown=shown)
+        self._progress.update(self._task, completed=done, shown=words)
         if time.monotonic() - self._last > _REFRESH_EVERY:
             self._progress.refresh()
             self._last = time.monotonic()
 
-    def epoch(self, records: dict[str, dict[str, Any]], epochs: int) -> None:
+    def epoch(self, words: str) -> None:
         """Write the epoch's line above."""
-        self.say(f"epoch {epoch_words(records, epochs)}")
+        self.say(f"epoch {words}")
 
     def end(self) -> None:
         """Take the line away."""

@@ -33,7 +33,7 @@ from fallow.recipes._job import (
 from fallow.recipes._optimise import learning_rate
 from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder, first_free
 from fallow.recipes._stop import Interrupted, asked_to_stop
-from fallow.recipes.show import Show, Silent
+from fallow.recipes.show import Show, Silent, epoch_words
 from fallow.surgery import Sites, sites
 
 __all__ = ["Config", "Interrupted", "read_results", "resume", "sites_of", "train"]
@@ -146,11 +146,12 @@ def _loop(job: Job, folder: RunFolder, show: Show) -> None:
                 losses[arm.name] = arm.step(batch, rate, step, how=how)
             job.step = step + 1
             model = job.arms[0]
-            show.step(job.step, losses["model"], model.log["depth"][-1], model.log["cost"][-1])
+            depth, cost = model.log["depth"][-1], model.log["cost"][-1]
+            show.step(job.step, f"loss {losses['model']:.4f}  depth {depth:.1f}  cost {cost:.3f}")
             if job.step % batches.per_epoch == 0:
                 epoch = job.step // batches.per_epoch
                 records = {arm.name: arm.close_epoch(epoch, job.step, rate, batches) for arm in job.arms}
-                show.epoch(records, job.total // batches.per_epoch)
+                show.epoch(epoch_words(records, job.total // batches.per_epoch))
                 replan(job, epoch)
             if asked or job.step % every == 0 or job.step == job.total:
                 checkpoint(job, folder)
