@@ -9,6 +9,7 @@ from fallow.noise.dropblock import (
     drop_block3d,
     drop_block_mask,
 )
+from fallow.noise.dropconnect import DropConnect, drop_connect, drop_connect_, drop_connect_mask
 from fallow.noise.feature_dropout import BlockDropout, FeatureDropout, block_dropout, feature_dropout
 from fallow.noise.stochastic_depth import StochasticDepth, stochastic_depth
 
@@ -17,6 +18,7 @@ __all__ = [
     "DropBlock1d",
     "DropBlock2d",
     "DropBlock3d",
+    "DropConnect",
     "FeatureDropout",
     "StochasticDepth",
     "block_dropout",
@@ -24,6 +26,9 @@ __all__ = [
     "drop_block2d",
     "drop_block3d",
     "drop_block_mask",
+    "drop_connect",
+    "drop_connect_",
+    "drop_connect_mask",
     "feature_dropout",
     "stochastic_depth",
 ]

@@ -2,6 +2,8 @@
 
 from fallow.penalties._factors import balanced_factors
 from fallow.penalties.certificate import Certificate, duality_gap, network_gap
+from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch, mcp_prox, scad_prox
+from fallow.penalties.engine import FromStrategy, from_eta, from_survival_rate
 from fallow.penalties.ksupport import (
     KSupport,
     ksupport_dual_norm,
@@ -9,6 +11,7 @@ from fallow.penalties.ksupport import (
     ksupport_prox,
     ksupport_sq,
 )
+from fallow.penalties.logarithmic import Log2Sum, LogSum, logsum_prox
 from fallow.penalties.minimiser import (
     Minimiser,
     adaptive_survival_rate,
@@ -18,6 +21,8 @@ from fallow.penalties.minimiser import (
 )
 from fallow.penalties.mixed import closed_form_mixed, closed_form_of
 from fallow.penalties.omega import acts_as_dropout, block_size_note, effective_rank, kappa, omega
+from fallow.penalties.powers import LpNorm, Ridge, lp_prox, soft_threshold
+from fallow.penalties.separable import Separable
 from fallow.penalties.spectral import (
     SpectralKSupport,
     spectral_ksupport_dual_norm,
@@ -28,10 +33,20 @@ from fallow.penalties.spectral import (
 from fallow.penalties.surrogates import jensen_bound, quadratic_surrogate
 
 __all__ = [
+    "MCP",
+    "SCAD",
     "Certificate",
+    "FromStrategy",
+    "GemanMcClure",
     "KSupport",
+    "Log2Sum",
+    "LogSum",
+    "LpNorm",
     "Minimiser",
+    "Ridge",
+    "Separable",
     "SpectralKSupport",
+    "Welsch",
     "acts_as_dropout",
     "adaptive_survival_rate",
     "balanced_factors",
@@ -43,15 +58,22 @@ __all__ = [
     "duality_gap",
     "effective_gamma",
     "effective_rank",
+    "from_eta",
+    "from_survival_rate",
     "jensen_bound",
     "kappa",
     "ksupport_dual_norm",
     "ksupport_gradient",
     "ksupport_prox",
     "ksupport_sq",
+    "logsum_prox",
+    "lp_prox",
+    "mcp_prox",
     "network_gap",
     "omega",
     "quadratic_surrogate",
+    "scad_prox",
+    "soft_threshold",
     "spectral_ksupport_dual_norm",
     "spectral_ksupport_gradient",
     "spectral_ksupport_prox",
