@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fallow.explaining._head_found import HeadNoise
 from fallow.explaining._head_readings import Head
 from fallow.explaining._head_result import HeadOptimum
@@ -11,17 +9,18 @@ from fallow.penalties import block_size_note
 from fallow.schemes import Blocks
 
 
-def notes(head: Head, noise: HeadNoise, best: HeadOptimum | None, predictions: Tensor) -> list[str]:
-    """In the order a reader needs them."""
+def notes(head: Head, noise: HeadNoise, best: HeadOptimum | None, missing: str | None) -> list[str]:
+    """In the order a reader needs them; `missing` says why there is no optimum."""
     found = ["features are those of the network at evaluation; the standard error is over the masks"]
     if noise.silent:
         return [*found, "every survival rate is 1: there is no noise and no penalty"]
     found += {"quadratic": _squared, "cross_entropy": _entropy}.get(head.kind, _other)(noise)
+    predictions = head.predictions
     if isinstance(noise.scheme, Blocks) and bool(predictions.any()):
         found.append(block_size_note(predictions, min(noise.scheme.block_size, head.weight.shape[1])))
-    if head.kind == "quadratic":
-        found += _no_optimum(noise) if best is None else _of_optimum(best)
-    return found
+    if missing is not None:
+        found.append(f"no distance to the global minimum: {missing}")
+    return found if best is None else found + _of_optimum(best)
 
 
 def _squared(noise: HeadNoise) -> list[str]:
@@ -49,14 +48,6 @@ def _other(_: HeadNoise) -> list[str]:
     return [
         "the loss is neither a squared error nor a cross-entropy over the last dimension, told by its "
         "curvature: its penalty has no form of its own, Monte Carlo is unbiased all the same"
-    ]
-
-
-def _no_optimum(noise: HeadNoise) -> list[str]:
-    return [
-        "no distance to the global minimum: there is a closed form for Units of one rate, Gaussian, Layer "
-        "and disjoint Blocks that divide the width, under a squared error that weighs samples alike; not for "
-        f"{noise.scheme} here"
     ]
 
 

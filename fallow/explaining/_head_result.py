@@ -17,10 +17,12 @@ class HeadOptimum:
 
     Attributes:
         objective: loss and penalty of the head.
-        bound: what no network's objective can be below, by weak duality at this head.
+        bound: what no network's objective can be below, by weak duality at this head; for laws that penalise
+            as disjoint blocks do.
         minimum: the least value in closed form; no network can be below, and those of a width from
             ``reachable_width`` on reach it where their features can be anything.
         gamma: weight of the squared spectral norm.
+        beta: weight of the squared Frobenius norm beside it.
         block_size: r, in features.
         width: d.
         reachable_width: a width that reaches the minimum.
@@ -33,9 +35,10 @@ class HeadOptimum:
     """
 
     objective: float
-    bound: float
+    bound: float | None
     minimum: float
     gamma: float
+    beta: float
     block_size: int
     width: int
     reachable_width: int
@@ -141,8 +144,9 @@ class HeadExplanation:
             f"{'objective':<24}{best.objective:.6g} = loss + penalty",
             f"{'global minimum':<24}{best.minimum:.6g} in closed form: the objective is "
             + _distance(best.above),
-            f"{'lower bound':<24}{best.bound:.6g} by duality, from this head alone",
         ]
+        if best.bound is not None:
+            lines.append(f"{'lower bound':<24}{best.bound:.6g} by duality, from this head alone")
         for name, values in (("singular values", best.spectrum), ("of the minimiser", best.optimal_spectrum)):
             more = " ..." if len(values) > _LEADING else ""
             lines.append(f"{name:<24}" + " ".join(f"{v:.4g}" for v in values[:_LEADING]) + more)

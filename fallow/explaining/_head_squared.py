@@ -19,7 +19,7 @@ from fallow.errors import UsageError
 from fallow.explaining._head_readings import Head, run
 from fallow.explaining._head_result import HeadOptimum
 from fallow.feed import Pair, rows_of
-from fallow.penalties import closed_form, effective_gamma, network_gap, omega
+from fallow.penalties import closed_form_of, network_gap, omega
 from fallow.schemes import Blocks, Gaussian, Layer, Scheme, Units
 from fallow.surgery import probe
 
@@ -67,13 +67,19 @@ def exact_penalty(head: Head, scheme: Scheme) -> float:
     return total
 
 
-def squares(head: Head) -> Squares | None:
-    """The problem of all batches together; None where weights are no products."""
+def squares(head: Head) -> Squares:
+    """The problem of all batches together.
+
+    Raises:
+        UsageError: the weights c are no products.
+    """
     every = _weights(head)
     c = torch.cat(every)
     parts = _product(c)
     if parts is None:
-        return None
+        raise UsageError(
+            "the loss weighs the outputs of different samples differently, which has no closed form"
+        )
     a, b = parts
     targets = [
         r.output - r.share * torch.where(w > 0, r.slope / w, 0)
@@ -111,34 +117,47 @@ def _product(c: Tensor) -> tuple[Tensor, Tensor] | None:
 # --- the global minimum ------------------------------------------------------------------------------------
 
 
-def optimum(found: Squares, scheme: Scheme, inputs: Tensor | None) -> HeadOptimum | None:
-    """The certificate and the closed-form minimiser; None where the scheme has none.
+def optimum(found: Squares, scheme: Scheme, inputs: Tensor | None) -> HeadOptimum:
+    """The closed-form minimiser, and the certificate of laws that penalise as blocks do.
 
     Args:
         found: the problem.
         scheme: whose law acts.
         inputs: [rows, numbers] where the features are linear in them.
+
+    Raises:
+        UsageError: the scheme has no closed form, or the loss none with it.
     """
-    width = found.features.shape[1]
-    like = as_blocks(scheme, width)
-    if like is None or (found.bias is not None and not found.even):
-        return None
-    rate, size = like
+    width, biased = found.features.shape[1], found.bias is not None
+    if biased and not found.even:
+        raise UsageError("the loss weighs samples differently, which with a bias has no closed form")
+    if isinstance(scheme, Blocks) and scheme.block_size > width:
+        scheme = Layer(scheme.survival_rate) if scheme.grid == "disjoint" else scheme
     x = None if inputs is None else inputs[found.used] * found.rows
-    shared = {"survival_rate": rate, "block_size": size}
-    try:
-        gap = network_gap(found.targets, found.features, found.weight, bias=found.bias, inputs=x, **shared)
-        gamma = effective_gamma(width=width, **shared)
-        best = closed_form(found.targets, size, gamma, x, bias=found.bias is not None)
-    except UsageError:  # targets that are not finite
-        return None
-    spectrum = torch.linalg.svdvals(found.features @ found.weight.T)
+    best = closed_form_of(found.targets, scheme, width, x, bias=biased)
+    free = found.features @ found.weight.T
+    error = found.targets - (free if found.bias is None else free + found.bias)
+    objective = float(error.square().sum() + omega(found.weight, found.features, scheme))
+    like, bound = as_blocks(scheme, width), None
+    if like is not None:
+        rate, size = like
+        bound = network_gap(
+            found.targets,
+            found.features,
+            found.weight,
+            survival_rate=rate,
+            block_size=size,
+            bias=found.bias,
+            inputs=x,
+        ).bound
+    spectrum = torch.linalg.svdvals(free)
     return HeadOptimum(
-        objective=found.factor * gap.objective + found.constant,
-        bound=found.factor * gap.bound + found.constant,
+        objective=found.factor * objective + found.constant,
+        bound=None if bound is None else found.factor * bound + found.constant,
         minimum=found.factor * best.value + found.constant,
-        gamma=gamma,
-        block_size=size,
+        gamma=best.gamma,
+        beta=best.beta,
+        block_size=best.block_size,
         width=width,
         reachable_width=best.reachable_width,
         head=best.head,

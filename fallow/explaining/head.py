@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fallow.errors import ArgumentError, FallowError, check_count
+from fallow.errors import ArgumentError, FallowError, UsageError, check_count
 from fallow.explaining import _head_entropy, _head_squared
 from fallow.explaining._head_found import HeadNoise, head_of
 from fallow.explaining._head_notes import notes
@@ -65,9 +65,9 @@ def explain_head(
             in the logits is below about 1.
         jensen: a bound of the penalty, for cross-entropy under equal blocks.
         monte_carlo: unbiased for every loss; its standard error is over the masks, given the samples.
-        optimum: for a squared error under `Units`, `Gaussian`, `Layer` and disjoint `Blocks` that divide the
-            width. Its minimum is over all networks whose features can be anything on these samples; where the
-            features are linear in the inputs, over linear networks.
+        optimum: for a squared error and schemes of `closed_form_of`. Its minimum is over all networks whose
+            features can be anything on these samples; where the features are linear in the inputs, over
+            linear networks.
 
     Raises:
         UsageError: no such layer; no noise; a loss of something else than the head's output.
@@ -135,15 +135,17 @@ def measured(
     noise.scheme.check(module.in_features)
     head = read(model, loss_fn, found, name, seed)
     drawn, error = monte_carlo(head, noise, draws, seed)
-    exact = best = quadratic = bound = None
+    exact = best = quadratic = bound = missing = None
     if head.kind == "quadratic":
         exact = _head_squared.exact_penalty(head, noise.scheme)
-        best = _optimum(model, found, name, noise, head)
+        try:
+            best = _optimum(model, found, name, noise, head)
+        except UsageError as reason:
+            missing = str(reason)
     elif head.kind == "cross_entropy":
         quadratic = _head_entropy.quadratic_form(head, noise)
         bound = _head_entropy.jensen(head, noise)
     penalty = drawn if exact is None else exact
-    predictions = head.predictions
     return HeadExplanation(
         name=name,
         scheme=str(noise.scheme),
@@ -161,18 +163,14 @@ def measured(
         monte_carlo_error=error,
         share=penalty / (head.loss + penalty) if head.loss + penalty > 0 else None,
         kappa=kappa(noise.scheme, module.in_features),
-        effective_rank=effective_rank(predictions),
+        effective_rank=effective_rank(head.predictions),
         optimum=best,
-        notes=tuple(notes(head, noise, best, predictions)),
+        notes=tuple(notes(head, noise, best, missing)),
         settings={"batches": len(found), "seed": seed, "torch": torch.__version__},
     )
 
 
-def _optimum(
-    model: nn.Module, found: Sequence[Pair], name: str, noise: HeadNoise, head: Head
-) -> HeadOptimum | None:
+def _optimum(model: nn.Module, found: Sequence[Pair], name: str, noise: HeadNoise, head: Head) -> HeadOptimum:
     problem = _head_squared.squares(head)
-    if problem is None:
-        return None
     inputs = _head_squared.linear_inputs(model, found, name, head)
     return _head_squared.optimum(problem, noise.scheme, inputs)
