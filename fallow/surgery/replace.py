@@ -11,7 +11,7 @@ from fallow.errors import ArgumentError, SiteError, UsageError, check_choice, re
 from fallow.surgery.apply import apply
 from fallow.surgery.counted import Counted
 from fallow.surgery.foreign import KINDS, Noise, Place, places
-from fallow.surgery.handle import Handle
+from fallow.surgery.handle import Handle, handle_of
 from fallow.surgery.match import match
 from fallow.surgery.replaced import Change, Left, Replaced
 from fallow.surgery.survey import survey
@@ -102,6 +102,11 @@ def _checked(model: Any, what: Any, example: Any, options: dict[str, Any]) -> tu
         raise ArgumentError(
             f"{', '.join(options)} is for branches that rest, which need example=: pass the inputs of one "
             "forward, or leave it out"
+        )
+    if example is not None and handle_of(model) is not None:
+        raise SiteError(
+            "stochastic depth is on this model already: call fallow.handle_of(model).remove() first, or leave "
+            "example= out and drop paths will mask."
         )
     kinds = (what,) if isinstance(what, str) or not isinstance(what, Iterable) else tuple(what)
     for kind in kinds:
