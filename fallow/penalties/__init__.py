@@ -2,7 +2,7 @@
 
 from fallow.penalties._factors import balanced_factors
 from fallow.penalties.certificate import Certificate, duality_gap, network_gap
-from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch, mcp_prox, scad_prox
+from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch
 from fallow.penalties.engine import FromStrategy, from_eta, from_survival_rate
 from fallow.penalties.ksupport import (
     KSupport,
@@ -11,7 +11,7 @@ from fallow.penalties.ksupport import (
     ksupport_prox,
     ksupport_sq,
 )
-from fallow.penalties.logarithmic import Log2Sum, LogSum, logsum_prox
+from fallow.penalties.logarithmic import Log2Sum, LogSum
 from fallow.penalties.minimiser import (
     Minimiser,
     adaptive_survival_rate,
@@ -21,7 +21,7 @@ from fallow.penalties.minimiser import (
 )
 from fallow.penalties.mixed import closed_form_mixed, closed_form_of
 from fallow.penalties.omega import acts_as_dropout, block_size_note, effective_rank, kappa, omega
-from fallow.penalties.powers import LpNorm, Ridge, lp_prox, soft_threshold
+from fallow.penalties.powers import LpNorm, Ridge
 from fallow.penalties.separable import Separable
 from fallow.penalties.spectral import (
     SpectralKSupport,
@@ -66,14 +66,9 @@ __all__ = [
     "ksupport_gradient",
     "ksupport_prox",
     "ksupport_sq",
-    "logsum_prox",
-    "lp_prox",
-    "mcp_prox",
     "network_gap",
     "omega",
     "quadratic_surrogate",
-    "scad_prox",
-    "soft_threshold",
     "spectral_ksupport_dual_norm",
     "spectral_ksupport_gradient",
     "spectral_ksupport_prox",
