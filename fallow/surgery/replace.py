@@ -105,8 +105,8 @@ def _checked(model: Any, what: Any, example: Any, options: dict[str, Any]) -> tu
         )
     if example is not None and handle_of(model) is not None:
         raise SiteError(
-            "stochastic depth is on this model already: call fallow.handle_of(model).remove() first, or leave "
-            "example= out and drop paths will mask."
+            "stochastic depth is on this model already: call fallow.handle_of(model).remove() first, or "
+            "leave example= out, and drop paths become masks."
         )
     kinds = (what,) if isinstance(what, str) or not isinstance(what, Iterable) else tuple(what)
     for kind in kinds:

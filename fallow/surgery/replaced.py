@@ -127,7 +127,7 @@ class Replaced:
         """Asked and realised survival rates so far; prints as a table.
 
         The rates of rested branches are the handle's counts. Those of modules that mask are counted on one
-        channel of each training forward.
+        channel of each training forward, compiled ones excepted.
         """
         rests = {} if self.handle is None else {s.name: s.realised for s in self.handle.report().sites}
         rows = []
