@@ -4,6 +4,7 @@ from fallow.penalties._factors import balanced_factors
 from fallow.penalties.certificate import Certificate, duality_gap, network_gap
 from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch
 from fallow.penalties.engine import FromStrategy, from_eta, from_survival_rate
+from fallow.penalties.head import HeadPenalty
 from fallow.penalties.ksupport import (
     KSupport,
     ksupport_dual_norm,
@@ -38,6 +39,7 @@ __all__ = [
     "Certificate",
     "FromStrategy",
     "GemanMcClure",
+    "HeadPenalty",
     "KSupport",
     "Log2Sum",
     "LogSum",
