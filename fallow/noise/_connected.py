@@ -58,7 +58,8 @@ class DropConnect:
     @staticmethod
     def of(module: nn.Module) -> DropConnect | None:
         """The handle of a module with masked parameters, that of a copy for instance; None without."""
-        return next(iter(module.__dict__.get(_MARK, {}).values()), None)
+        found = (handle for part in module.modules() for handle in part.__dict__.get(_MARK, {}).values())
+        return next((handle for handle in found if handle.module is module), None)
 
     def remove(self) -> None:
         """Leave the module as it was before; again: nothing."""
