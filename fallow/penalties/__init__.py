@@ -2,6 +2,7 @@
 
 from fallow.penalties._factors import balanced_factors
 from fallow.penalties.certificate import Certificate, duality_gap, network_gap
+from fallow.penalties.class_activation import class_activation_omega
 from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch
 from fallow.penalties.engine import FromStrategy, from_eta, from_survival_rate
 from fallow.penalties.head import HeadPenalty
@@ -53,6 +54,7 @@ __all__ = [
     "adaptive_survival_rate",
     "balanced_factors",
     "block_size_note",
+    "class_activation_omega",
     "closed_form",
     "closed_form_mixed",
     "closed_form_of",
