@@ -1,0 +1,1 @@
+"""How `fallow.sparsity.shrink` finds what can go: follow labels, decide, cut, prove."""

@@ -1,0 +1,208 @@
+"""Decide which units go: the largest set that leaves the model's outputs as they are.
+
+A unit is a set of tied labels. Start with all that are not frozen and take back, until nothing changes, each
+one that a kept output still reads (with a weight that is not zero, and a value that is no constant that can
+be folded), and each one whose going would leave a tensor that is not rectangular, or empty.
+
+A unit taken back only because of the shape of a tensor, which no kept output reads, becomes a blank: its
+place stays, but what it holds does not matter, so that its own inputs can still go.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fallow.sparsity.shrinking.facts import Grouped, Record, Site
+from fallow.sparsity.shrinking.labels import support
+
+
+@dataclass
+class Decision:
+    """Which roots go, and why others stay."""
+
+    record: Record
+    gone: Tensor  # (roots,) bool
+    blank: Tensor  # (roots,) bool: stays for its place alone
+    why: dict[int, str] = field(default_factory=dict)
+
+    def goes(self, labels: Tensor) -> Tensor:
+        """Whether each label goes."""
+        roots = self.record.labels.roots(labels)
+        return torch.where(roots >= 0, self.gone[roots.clamp(min=0)], False)
+
+
+class _Solver:
+    def __init__(self, record: Record, extra: Mapping[int, str]) -> None:
+        self.record, self.labels = record, record.labels
+        count = len(self.labels.parent)
+        self.gone = torch.ones(count, dtype=torch.bool)
+        self.blank = torch.zeros(count, dtype=torch.bool)
+        self.why: dict[int, str] = dict(self.labels.why)
+        self.why.update({self.labels.find(label): reason for label, reason in extra.items()})
+        self.gone[list(self.why)] = False
+        self.sites = [(s, self._roots(s.inside), self._roots(s.outside)) for s in record.sites]
+        self.changed = False
+
+    def _roots(self, labels: Tensor) -> Tensor:
+        return torch.where(labels >= 0, self.labels.roots(labels.clamp(min=0)), -1)
+
+    def stays(self, roots: Tensor) -> Tensor:
+        """Whether what these roots hold matters; -1 always does."""
+        free = self.gone | self.blank
+        return torch.where(roots >= 0, ~free[roots.clamp(min=0)], True)
+
+    def read(self) -> Tensor:
+        """Roots that some kept output reads with a weight that is not zero."""
+        found = torch.zeros_like(self.gone)
+        for site, inside, outside in self.sites:
+            reads = site.used[self.stays(outside)].any(0) & (inside >= 0)
+            found[inside[reads]] = True
+        return found
+
+    def demote(self, root: int, why: str) -> None:
+        """What this unit holds matters after all."""
+        if self.gone[root] or self.blank[root]:
+            self.gone[root] = self.blank[root] = False
+            self.why.setdefault(root, why)
+            self.changed = True
+
+    def hold(self, root: int, why: str, read: Tensor) -> None:
+        """Its place must stay."""
+        if read[root]:
+            self.demote(root, why)
+        elif self.gone[root]:
+            self.gone[root], self.blank[root], self.changed = False, True, True
+            self.why.setdefault(root, why)
+
+    # --- what takes units back ------------------------------------------------------------------------
+    def sums(self) -> None:
+        """Units that kept outputs read."""
+        again = True
+        while again:
+            again = False
+            for site, inside, outside in self.sites:
+                reads = site.used[self.stays(outside)].any(0) & (inside >= 0)
+                at = inside.clamp(min=0)
+                bad = reads & ((self.gone[at] & ~_harmless(site)) | self.blank[at])
+                for i in bad.nonzero().flatten().tolist():
+                    self.demote(int(inside[i]), _reason(site, i))
+                    again = True
+
+    def groups(self) -> None:
+        """Grouped convolutions keep the same number in each group."""
+        for item in self.record.grouped:
+            self._equal(item)
+
+    def _equal(self, item: Grouped) -> None:
+        ins, outs = self._roots(item.inside), self._roots(item.outside)
+        away_in, away_out = self.gone[ins], self.gone[outs]
+        whole = away_in.all(1) & away_out.all(1)
+        read, why = self.read(), f"{item.name} needs the same number in each of its groups"
+        for roots, away in ((ins, away_in), (outs, away_out)):
+            if bool(whole.all()):
+                continue
+            least = min(int(away[~whole].sum(1).min()), roots.shape[1] - 1)
+            for row, gone in zip(roots[~whole], away[~whole], strict=True):
+                surplus = int(gone.sum()) - least
+                for root in row[gone].tolist()[:surplus]:
+                    self.hold(root, why, read)
+
+    def rectangles(self) -> None:
+        """Where a view gave several dimensions labels together, only whole slabs can go."""
+        for name, layer in self.record.slabs:
+            mask = self.gone[self.labels.roots(layer)]
+            if not bool(mask.any()):
+                continue
+            covered = torch.zeros_like(mask)
+            for dim in support(layer):
+                covered |= _full(mask, dim)
+            torn = torch.unique(self.labels.roots(layer)[mask & ~covered]).tolist()
+            read = self.read() if torn else mask
+            for root in torn:
+                self.hold(root, f"a tensor is reshaped in {name}, where only whole slabs can go", read)
+
+    def cuts(self) -> None:
+        """Tensors taken apart by numbers."""
+        for item in self.record.pieces:
+            roots = self.labels.roots(item.layer)
+            full = _full(self.gone[roots], item.dim).movedim(item.dim, 0).flatten(1)[:, 0]
+            pieces = full.reshape(-1, item.size).sum(1)
+            if (
+                not bool(full.any())
+                or bool(full.all())
+                or (not item.whole and bool((pieces == pieces[0]).all()))
+            ):
+                continue
+            read, why = self.read(), f"{item.name} takes the tensor apart by numbers"
+            allowed = 0 if item.whole else int(pieces.min())
+            by_index = roots.movedim(item.dim, 0).flatten(1)
+            for start in range(0, len(full), item.size):
+                lost = [i for i in range(start, start + item.size) if full[i]]
+                for i in lost[: len(lost) - allowed]:
+                    self.hold(int(by_index[i, 0]), why, read)
+
+    def empties(self) -> None:
+        """A tensor keeps one index of each dimension: one that is not read if there is, else a small one."""
+        sizes: Counter[int] = Counter()
+        for name, info in self.record.leaves.items():
+            for layer in info.layers:
+                roots = self.labels.roots(layer).flatten()
+                if not bool(self.gone[roots].all()):
+                    continue
+                sizes = sizes or self._sizes()
+                read = self.read()
+                best = min(torch.unique(roots).tolist(), key=lambda r, s=sizes, n=read: (bool(n[r]), s[r], r))
+                self.hold(best, f"{name} would be empty", read)
+
+    def _sizes(self) -> Counter[int]:
+        sizes: Counter[int] = Counter()
+        for info in self.record.leaves.values():
+            for layer in info.layers:
+                sizes.update(self.labels.roots(layer).flatten().tolist())
+        return sizes
+
+    def solve(self) -> Decision:
+        while True:
+            self.changed = False
+            self.sums()
+            for step in (self.groups, self.rectangles, self.cuts, self.empties):
+                step()
+                if self.changed:
+                    break
+            if not self.changed:
+                return Decision(self.record, self.gone, self.blank, self.why)
+
+
+def _full(mask: Tensor, dim: int) -> Tensor:
+    """Where a whole slab across `dim` is set, in the mask's shape."""
+    others = [d for d in range(mask.dim()) if d != dim]
+    return (mask.all(dim=others, keepdim=True) if others else mask).expand(mask.shape)
+
+
+def _harmless(site: Site) -> Tensor:
+    """Inputs that can go although they are read: zeros, and constants that something takes."""
+    zero = site.constant == 0
+    return zero if site.target is None else zero | ~site.constant.isnan()
+
+
+def _reason(site: Site, i: int) -> str:
+    if not site.seen[i]:
+        return f"read by {site.name}"
+    if not site.constant[i].isnan():
+        return f"a constant other than zero, and {site.name} has no bias to fold it into"
+    return f"a constant that differs between positions or meets padding in {site.name}"
+
+
+def decide(record: Record, extra: Mapping[int, str]) -> Decision:
+    """The largest set of units that can go.
+
+    Args:
+        record: of a run.
+        extra: labels that must stay besides, with reasons.
+    """
+    return _Solver(record, extra).solve()

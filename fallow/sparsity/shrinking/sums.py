@@ -1,0 +1,285 @@
+"""Sums over channels: matrix products, convolutions, attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fallow.sparsity.shrinking import known as constants
+from fallow.sparsity.shrinking.facts import Grouped, Info, Site
+from fallow.sparsity.shrinking.labels import Layers, along, support, vector
+from fallow.sparsity.shrinking.step import Step, rule
+
+_FIXED = "reads what cannot be removed"
+
+
+@rule("addmm")
+def _addmm(step: Step, out: list[Tensor]) -> list[Info]:
+    bias, plain = step.infos[0], not step.kwargs
+    info, site = _mm(step, 1, out[0])
+    columns = along(info.layers, (1,))
+    extra = step.mixed(bias.layers, range(len(step.shapes[0]) - 1), "is added") if bias.layers else []
+    for layer in extra:
+        row = layer.reshape(-1)
+        if columns is not None and row.numel() == columns.numel() and plain:
+            step.recorder.labels.tie(row, columns.reshape(-1))
+        else:
+            step.recorder.freeze([layer], step.say("is added"))
+    if columns is not None and not extra and step.tensors[0].shape[-1] > 1:
+        step.recorder.freeze([columns], step.say("is added to a tensor of fixed size"))
+    if not plain:
+        step.recorder.freeze(info.layers, step.say("is scaled by addmm"))
+        return [Info(info.layers)]
+    if site is not None and len(step.shapes[0]) == 1:
+        site.target = bias.leaf
+    known = None
+    if info.known is not None and bias.known is not None:
+        known = constants.tidy(info.known + bias.known)
+    _flat(site, known, out[0], 1)
+    if site is not None:
+        step.recorder.site_of[id(out[0])] = site
+    return [Info(info.layers, known)]
+
+
+@rule("mm")
+def _plain_mm(step: Step, out: list[Tensor]) -> list[Info]:
+    info, site = _mm(step, 0, out[0])
+    _flat(site, info.known, out[0], 1)
+    if site is not None:
+        step.recorder.site_of[id(out[0])] = site
+    return [info]
+
+
+def _flat(site: Site | None, known: Tensor | None, out: Tensor, dim: int) -> None:
+    if site is not None:
+        site.flat = ~constants.uniform(known, dim, out.shape[dim])[0].isnan()
+
+
+def _mm(step: Step, at: int, out: Tensor) -> tuple[Info, Site | None]:
+    """``x @ weight`` of matrices; the operand without unknown values is the weight."""
+    (a, b), (x, y) = step.infos[at : at + 2], step.tensors[at : at + 2]
+    known = constants.product(x, a.known, y, b.known)
+    if constants.complete(b.known):
+        layers, site = _summed(step, a, b, x.shape[1], (0, 1))
+        if site is not None and b.known is not None:
+            _fill(step, site, b.known.t(), a.known, dim=1, foldable=True)
+        return Info(layers, known), site
+    if constants.complete(a.known):  # the transposed product
+        layers, site = _summed(step, b, a, x.shape[1], (1, 0))
+        if site is not None and a.known is not None:
+            _fill(step, site, a.known, b.known, dim=0, foldable=False)
+        return Info(layers, known), site
+    return Info(_batched(step, a.layers, b.layers, 0)), None
+
+
+def _summed(
+    step: Step, x: Info, weight: Info, inner: int, dims: tuple[int, int]
+) -> tuple[Layers, Site | None]:
+    """Layers of a product with a weight; `dims` are those of x: rows that stay, and what is summed over."""
+    keep, gone = dims
+    recorder, labels = step.recorder, step.recorder.labels
+    inside, reads = along(x.layers, (gone,)), along(weight.layers, (keep,))
+    outside = along(weight.layers, (gone,))
+    for layer in x.layers + weight.layers:
+        if len(support(layer)) > 1:
+            recorder.freeze([layer], step.say("is in a product with more than one kind of label"))
+    if inside is not None and reads is not None:
+        labels.tie(inside.reshape(-1), reads.reshape(-1))
+    else:
+        recorder.freeze([i for i in (inside, reads) if i is not None], step.say(_FIXED))
+    layers = [layer for layer in (along(x.layers, (keep,)), outside) if layer is not None]
+    return layers, _new_site(step, inside, outside, inner, weight.leaf)
+
+
+def _new_site(
+    step: Step, inside: Tensor | None, outside: Tensor | None, inner: int, leaf: str | None
+) -> Site | None:
+    none = torch.full((inner,), -1)
+    site = Site(
+        name=step.recorder.place,
+        weight=torch.empty(0),
+        used=torch.empty(0),
+        inside=none if inside is None else inside.reshape(-1),
+        outside=torch.empty(0) if outside is None else outside.reshape(-1),
+        constant=torch.empty(0),
+        seen=torch.empty(0),
+        flat=torch.empty(0),
+        leaf=leaf,
+    )
+    step.recorder.record.sites.append(site)
+    return site
+
+
+def _fill(step: Step, site: Site, matrix: Tensor, known: Tensor | None, *, dim: int, foldable: bool) -> None:
+    """Put the numbers into a site: (O, I) weights, and what of x is constant."""
+    site.weight = matrix.detach().double().cpu()
+    site.used = site.weight != 0
+    _complete_site(site, known, dim, foldable)
+
+
+def _complete_site(site: Site, known: Tensor | None, dim: int, foldable: bool) -> None:
+    outputs, inputs = site.used.shape
+    if site.outside.numel() == 0:
+        site.outside = torch.full((outputs,), -1)
+    constant, site.seen = constants.uniform(known, dim, inputs)
+    site.constant = constant if foldable else torch.where(constant == 0, constant, constants.NAN)
+
+
+@rule("convolution _convolution")
+def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
+    recorder, labels = step.recorder, step.recorder.labels
+    x, weight = step.infos[:2]
+    bias = step.infos[2] if step.arg(2, "bias") is not None else None
+    transposed, groups, ndim = step.args[6], step.args[8], out[0].dim()
+    rest = step.args[3:9]
+    if not constants.complete(weight.known) or weight.known is None or (groups > 1 and transposed):
+        what = "a grouped transposed convolution" if transposed else "a convolution with computed weights"
+        for info in step.infos:
+            recorder.freeze(info.layers, step.say(f"goes through {what}"))
+        return [Info([])]
+    inside, lead = along(x.layers, (1,)), (1, 0) if transposed else (0, 1)
+    recorder.freeze([i for i in x.layers if i is not inside], step.say("is convolved over"))
+    outside, reads = along(weight.layers, (lead[0],)), along(weight.layers, (lead[1],))
+    others = [i for i in weight.layers if i is not outside and i is not reads]
+    if groups > 1:
+        _group(step, inside, others, outside, groups)
+    else:
+        recorder.freeze(others, step.say("is a place in a kernel"))
+        if inside is not None and reads is not None:
+            labels.tie(inside.reshape(-1), reads.reshape(-1))
+        else:
+            recorder.freeze([i for i in (inside, reads) if i is not None], step.say(_FIXED))
+    known_bias = None if bias is None else bias.known
+    if bias is not None:
+        for layer in bias.layers if outside is not None else []:
+            labels.tie(layer.reshape(-1), outside.reshape(-1))  # pyright: ignore[reportOptionalMemberAccess]
+        if not bias.layers and outside is not None and outside.numel() > 1:
+            recorder.freeze([outside], step.say("is added to a tensor of fixed size"))
+    site = _new_site(step, inside, outside, x_channels(step), weight.leaf)
+    known = None
+    if bias is None or known_bias is not None:
+        known = constants.convolution(step.tensors[0], x.known, weight.known, known_bias, rest)
+    if site is not None:
+        matrix = weight.known.detach().double().cpu().flatten(2)
+        matrix = matrix.transpose(0, 1) if transposed else matrix
+        site.weight = _dense(matrix.sum(2), groups)
+        site.used = _dense((matrix != 0).any(2), groups)
+        # At a zero-padded border a constant meets fewer weights, so nothing but zero can be folded there.
+        _complete_site(site, x.known, 1, not transposed and not any(step.args[4]))
+        site.target = None if bias is None else bias.leaf
+        _flat(site, known, out[0], 1)
+        recorder.site_of[id(out[0])] = site
+    layers = [] if outside is None else [vector(outside.reshape(-1), 1, ndim)]
+    return [Info(layers, known)]
+
+
+def x_channels(step: Step) -> int:
+    """Channels of a convolution's input; an unbatched one has them in front."""
+    return step.shapes[0][1]
+
+
+def _dense(matrix: Tensor, groups: int) -> Tensor:
+    """(O, I / groups) as the (O, I) block matrix that it stands for."""
+    if groups == 1:
+        return matrix
+    return torch.block_diag(*matrix.to(torch.float64).chunk(groups)).to(matrix.dtype)
+
+
+def _group(step: Step, inside: Tensor | None, others: Layers, outside: Tensor | None, groups: int) -> None:
+    """Tie a grouped convolution's inputs to its weights, a depthwise one's to its outputs."""
+    recorder, labels = step.recorder, step.recorder.labels
+    inner, outer = step.shapes[1][1], step.shapes[1][0]
+    if inside is None or outside is None:
+        recorder.freeze([i for i in (inside, outside) if i is not None] + others, step.say(_FIXED))
+        return
+    ins, outs = inside.reshape(groups, inner), outside.reshape(groups, outer // groups)
+    if inner == 1:
+        labels.tie(ins, outs)
+        recorder.freeze(others, step.say("is a place in a kernel"))
+        return
+    own = along(others, (0, 1))
+    recorder.freeze([i for i in others if i is not own], step.say("is a place in a kernel"))
+    if own is None:
+        recorder.freeze([inside], step.say(_FIXED))
+        return
+    rows = ins.reshape(groups, 1, inner).expand(groups, outer // groups, inner).reshape(outer, inner)
+    labels.tie(own.reshape(outer, inner), rows)
+    recorder.record.grouped.append(Grouped(recorder.place, ins, outs))
+
+
+@rule("bmm baddbmm")
+def _bmm(step: Step, out: list[Tensor]) -> list[Info]:
+    at = 1 if step.name == "baddbmm" else 0
+    (a, b), (x, y) = step.infos[at : at + 2], step.tensors[at : at + 2]
+    layers = _batched(step, a.layers, b.layers, 1)
+    if at:
+        step.recorder.freeze(step.infos[0].layers + layers, step.say("goes through baddbmm"))
+        return [Info([])]
+    return [Info(layers, constants.product(x, a.known, y, b.known))]
+
+
+def _batched(step: Step, left: Layers, right: Layers, batch: int) -> Layers:
+    """A product of two activations, (b, n, k) @ (b, k, m): entries of b can go, rows and columns too."""
+    recorder, labels = step.recorder, step.recorder.labels
+    rows, columns = batch, batch + 1
+    slabs: list[Tensor | None] = []
+    kept: Layers = []
+    for layers, free, summed in ((left, rows, columns), (right, columns, rows)):
+        slab = None
+        for layer in layers:
+            if batch and 0 in support(layer):
+                (slab,) = step.mixed([layer], [rows, columns], "is in a product") or [None]
+            elif summed in support(layer):
+                recorder.freeze([layer], step.say("is summed over in a product of two activations"))
+            elif support(layer) == (free,):
+                kept.append(layer)
+            else:
+                recorder.freeze([layer], step.say("is in a product of two activations"))
+        slabs.append(slab)
+    one, other = slabs
+    if one is not None and other is not None:
+        labels.tie(one, other)
+        return [*kept, one]
+    recorder.freeze([s for s in slabs if s is not None], step.say(_FIXED))
+    return kept
+
+
+def attention(step: Step, out: list[Tensor]) -> list[Info]:
+    """Scaled dot-product attention, (batch, heads, tokens, width): heads go as a whole."""
+    recorder, labels = step.recorder, step.recorder.labels
+    heads: list[Tensor] = []
+    for info in step.infos[:3]:
+        for layer in info.layers:
+            if 1 in support(layer):
+                heads += step.mixed([layer], [0, 2, 3], "is in attention")
+            else:
+                recorder.freeze([layer], step.say("is within an attention head"))
+    for info in step.infos[3:]:
+        recorder.freeze(info.layers, step.say("masks attention"))
+    layers: Layers = []
+    full_mask = any(len(s) == 4 and s[1] > 1 for s in step.shapes[3:])
+    if len(heads) == 3 and not full_mask:
+        labels.tie(heads[0], heads[1])
+        labels.tie(heads[0], heads[2])
+        layers = [heads[0]]
+    else:
+        recorder.freeze(heads, step.say(_FIXED))
+    results = [Info(layers, _averaged(step.infos[2].known, out[0]))]
+    return results + [Info(layers if t.dim() > 1 and t.shape[1] == out[0].shape[1] else []) for t in out[1:]]
+
+
+def _averaged(values: Tensor | None, out: Tensor) -> Tensor | None:
+    """Rows of attention sum to one, so what is the same for all tokens comes out as it is."""
+    if values is None:
+        return None
+    first = values[:, :, :1]
+    same = (values == first).all(2, keepdim=True)
+    return constants.tidy(torch.where(same, first, constants.NAN).expand(out.shape).clone())
+
+
+for _name in (
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable"
+).split():
+    rule(_name)(attention)
