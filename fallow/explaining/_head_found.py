@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fallow.errors import RunError, UsageError, nearest
+from fallow.errors import ArgumentError, RunError, UsageError, nearest
+from fallow.noise import DropConnect
+from fallow.penalties import HeadPenalty
 from fallow.schemes import Gaussian, Scheme, Units
 from fallow.surgery import probe
 from fallow.surgery.flow import base_name
@@ -35,11 +37,13 @@ class HeadNoise:
         scheme: the law of a mask.
         source: where it was found, in words.
         weights: whether it is the head's weights that are masked, each on its own (DropConnect).
+        penalty: what stands for it in training, where no masks are drawn.
     """
 
     scheme: Scheme
     source: str
     weights: bool = False
+    penalty: HeadPenalty | None = None
 
     @property
     def silent(self) -> bool:
@@ -48,18 +52,29 @@ class HeadNoise:
         return rates == 1.0 or getattr(self.scheme, "variance", None) == 0.0
 
 
-def head_of(model: nn.Module, inputs: Any, name: str | None, scheme: Scheme | None) -> tuple[str, HeadNoise]:
+def head_of(
+    model: nn.Module, inputs: Any, name: str | HeadPenalty | None, scheme: Scheme | None
+) -> tuple[str, HeadNoise]:
     """The head's name, and the noise asked for or found.
 
     Args:
         model: any module.
         inputs: of a batch.
-        name: the head's; None: the last nn.Linear whose output is the model's.
-        scheme: None: that of the noise that feeds the head directly.
+        name: the head's, or a penalty on it; None: the last nn.Linear whose output is the model's.
+        scheme: None: that of the penalty, or of the noise that feeds the head directly.
 
     Raises:
-        UsageError: no such nn.Linear; none that can be told; no noise.
+        ArgumentError: a scheme or a name that is none.
+        UsageError: no such nn.Linear; none that can be told; no noise, or several.
     """
+    if scheme is not None and not isinstance(scheme, Scheme):
+        raise ArgumentError(
+            f"scheme must be one of fallow.schemes, got {scheme!r}: say fallow.schemes.Units(0.9)"
+        )
+    if isinstance(name, HeadPenalty):
+        return _of_penalty(model, name, scheme)
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"head must be the name of an nn.Linear or a HeadPenalty, got {name!r}")
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if name is not None and name not in linear:
         raise UsageError(_no_linear(name, linear, dict(model.named_modules())))
@@ -82,6 +97,14 @@ def head_of(model: nn.Module, inputs: Any, name: str | None, scheme: Scheme | No
             "fallow.schemes.Units(0.5)"
         )
     return call.name, noise
+
+
+def _of_penalty(model: nn.Module, penalty: HeadPenalty, scheme: Scheme | None) -> tuple[str, HeadNoise]:
+    if penalty.model is not model:
+        raise UsageError("head: this HeadPenalty is of another model: pass the model it was made with")
+    if scheme is not None:
+        raise UsageError("head: a HeadPenalty has a scheme of its own: pass its name for another one")
+    return penalty.name, HeadNoise(penalty.scheme, "its HeadPenalty", penalty=penalty)
 
 
 def _no_linear(name: str, linear: dict[str, nn.Linear], modules: dict[str, nn.Module]) -> str:
@@ -147,9 +170,16 @@ def _last(trace: Trace, name: str | None) -> Call | None:
 
 def _noise(trace: Trace, head: Call) -> HeadNoise | None:
     """The module whose output the head takes, or that in another shape."""
-    dropped = _drop_connect(head)
-    if dropped is not None:
-        return dropped
+    dropped, masked = _drop_connect(head), _masked_features(trace, head)
+    if dropped is not None and masked is not None:
+        raise UsageError(
+            f"head: both {masked.source} and {dropped.source} are noise of {head.name}, and what they do "
+            "together has no scheme: take one of them off, or pass scheme= for one alone"
+        )
+    return dropped or masked
+
+
+def _masked_features(trace: Trace, head: Call) -> HeadNoise | None:
     start = next(iter(head.inputs.values()), None)
     if start is None:
         return None
@@ -169,7 +199,11 @@ def _noise(trace: Trace, head: Call) -> HeadNoise | None:
 
 
 def _drop_connect(head: Call) -> HeadNoise | None:
-    return None
+    handle = DropConnect.of(head.module)
+    if handle is None or "weight" not in handle.names:
+        return None
+    noise = HeadNoise(Units(handle.survival_rate), f"{head.name} (DropConnect)", weights=True)
+    return None if noise.silent else noise
 
 
 def _before(trace: Trace, value: int, allowed: frozenset[str]) -> Iterator[int]:

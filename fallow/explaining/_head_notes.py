@@ -5,7 +5,7 @@ from __future__ import annotations
 from fallow.explaining._head_found import HeadNoise
 from fallow.explaining._head_readings import Head
 from fallow.explaining._head_result import HeadOptimum
-from fallow.penalties import block_size_note
+from fallow.penalties import HeadPenalty, block_size_note
 from fallow.schemes import Blocks
 
 
@@ -16,6 +16,8 @@ def notes(head: Head, noise: HeadNoise, best: HeadOptimum | None, missing: str |
         return [*found, "every survival rate is 1: there is no noise and no penalty"]
     found += {"quadratic": _squared, "cross_entropy": _entropy}.get(head.kind, _other)(noise)
     predictions = head.predictions
+    if noise.penalty is not None:
+        found.append(_of_penalty(head, noise.penalty))
     if isinstance(noise.scheme, Blocks) and bool(predictions.any()):
         found.append(block_size_note(predictions, min(noise.scheme.block_size, head.weight.shape[1])))
     if missing is not None:
@@ -49,6 +51,17 @@ def _other(_: HeadNoise) -> list[str]:
         "the loss is neither a squared error nor a cross-entropy over the last dimension, told by its "
         "curvature: its penalty has no form of its own, Monte Carlo is unbiased all the same"
     ]
+
+
+def _of_penalty(head: Head, penalty: HeadPenalty) -> str:
+    if {"squared": "quadratic"}.get(penalty.loss, penalty.loss) != head.kind:
+        return f"the HeadPenalty is made for {penalty.loss.replace('_', '-')}, which this loss is not"
+    form = "exact penalty" if penalty.loss == "squared" else "quadratic form"
+    form = "Jensen bound" if penalty.surrogate == "bound" else form
+    return (
+        f"training adds the {form} and draws no masks (HeadPenalty); Monte Carlo is what masks would have "
+        "added on average"
+    )
 
 
 def _of_optimum(best: HeadOptimum) -> list[str]:

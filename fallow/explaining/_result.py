@@ -138,8 +138,9 @@ class Explanation:
     def __str__(self) -> str:
         """The table, and below it that of the head."""
         head = [] if self.head is None else [str(self.head)]
-        sites = self._table() if self.rows else [f"note: {n}" for n in self.notes]
-        return "\n".join([*sites, *head])
+        if not self.rows:
+            return "\n".join([*head, *(f"note: {n}" for n in self.notes)])
+        return "\n".join([*self._table(), *head])
 
     def _table(self) -> list[str]:
         noise = "p(1-p)" if self.scale == "eval" else "(1-p)/p"

@@ -28,6 +28,7 @@ from fallow.explaining._result import Explanation, of_head
 from fallow.explaining._summary import summary
 from fallow.explaining.head import head_beside
 from fallow.feed import LossFunction, inputs_of, pairs
+from fallow.penalties import HeadPenalty
 from fallow.schemes import Scheme
 from fallow.surgery import handle_of, probe
 from fallow.surgery.decide import check_seed
@@ -51,7 +52,7 @@ def explain(
     granularity: str = "branch",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    head: str | None = None,
+    head: str | HeadPenalty | None = None,
     scheme: Scheme | None = None,
     max_batches: int = 4,
     seed: int = 0,
@@ -100,7 +101,7 @@ def explain(
         granularity: as in `fallow.sites`.
         include: as in `fallow.sites`; other sites are kept throughout.
         exclude: as in `fallow.sites`.
-        head: name of the last linear layer; None: found, if noise feeds it.
+        head: name of the last linear layer, or its `HeadPenalty`; None: found, if noise feeds it.
         scheme: law of the masks in front of it (`fallow.schemes`); None: that of the noise found there.
         max_batches: how many batches to take at most.
         seed: of masks and labels.

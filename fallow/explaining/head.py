@@ -21,7 +21,7 @@ from fallow.explaining._head_notes import notes
 from fallow.explaining._head_readings import Head, monte_carlo, read
 from fallow.explaining._head_result import HeadExplanation, HeadOptimum
 from fallow.feed import LossFunction, Pair, pairs, rows_of
-from fallow.penalties import effective_rank, kappa
+from fallow.penalties import HeadPenalty, effective_rank, kappa
 from fallow.schemes import Scheme
 from fallow.surgery.decide import check_seed
 
@@ -33,7 +33,7 @@ def explain_head(
     loss_fn: LossFunction,
     batches: Iterable[Any],
     *,
-    head: str | None = None,
+    head: str | HeadPenalty | None = None,
     scheme: Scheme | None = None,
     draws: int = 64,
     max_batches: int = 4,
@@ -52,7 +52,8 @@ def explain_head(
         loss_fn: ``loss_fn(output, target)``, one number. What kind it is its curvature tells.
         batches: (inputs, target) pairs; a dict without a target goes whole to both. Losses of batches are
             averaged, weighted by their samples.
-        head: name of an nn.Linear; None: the last one whose output is the model's, or that in another shape.
+        head: name of an nn.Linear, or the `HeadPenalty` that it is trained with; None: the last one whose
+            output is the model's, or that in another shape.
         scheme: the law of the masks on its features; None: that of the noise which feeds the head directly:
             nn.Dropout, a module of fallow with a ``scheme``, or a `DropConnect` on the head.
         draws: of masks.
@@ -95,7 +96,7 @@ def head_beside(
     model: nn.Module,
     loss_fn: LossFunction,
     found: Sequence[Pair],
-    head: str | None,
+    head: str | HeadPenalty | None,
     scheme: Scheme | None,
     draws: int,
     seed: int,
