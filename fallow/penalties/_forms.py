@@ -75,7 +75,9 @@ class Form:
             return (self.dense.to(weight) * (weight.T @ weight) * (features.T @ features)).sum()
         if self.band is not None:
             return _band_total(self.band.to(weight), weight, features)
-        result = (self._diagonal(weight) * weight.square().sum(0) * features.square().sum(0)).sum()
+        result = weight.new_zeros(())
+        if self._has_diagonal:
+            result = (self._diagonal(weight) * weight.square().sum(0) * features.square().sum(0)).sum()
         if not self.block:
             return result
         w, g = self._blocks(weight).transpose(0, 1), self._blocks(features).transpose(0, 1)
@@ -87,7 +89,9 @@ class Form:
         """``sum_ij C_ij (w_ci g_ni) (w_cj g_nj)`` for each sample n and output c, [N, outputs]."""
         if self.dense is not None or self.band is not None:
             return torch.stack([self.rows(features * row) for row in weight], 1)
-        result = (features.square() * self._diagonal(weight)) @ weight.square().T
+        result = features.new_zeros(())
+        if self._has_diagonal:
+            result = (features.square() * self._diagonal(weight)) @ weight.square().T
         if not self.block:
             return result
         return result + self.block * self.logits(weight, features).square().sum(1)
@@ -100,12 +104,17 @@ class Form:
             same, following = _corners(self.band.to(x))
             chunks = _chunks(x, len(self.band))
             return ((chunks[:-1] @ same + 2 * chunks[1:] @ following.T) * chunks[:-1]).sum((0, 2))
-        result = (self._diagonal(x) * x.square()).sum(1)
+        result = (self._diagonal(x) * x.square()).sum(1) if self._has_diagonal else x.new_zeros(())
         return result + self.block * self._blocks(x).sum(2).square().sum(1) if self.block else result
 
     def logits(self, weight: Tensor, features: Tensor) -> Tensor:
         """The share of each block in the outputs, [N, blocks, outputs]."""
         return torch.einsum("nkr,ckr->nkc", self._blocks(features), self._blocks(weight))
+
+    @property
+    def _has_diagonal(self) -> bool:
+        """Whether to take it; it stands for a form that is 0 too, so that there is a graph."""
+        return isinstance(self.diagonal, Tensor) or self.diagonal != 0 or not self.block
 
     def _diagonal(self, like: Tensor) -> Tensor | float:
         return self.diagonal.to(like) if isinstance(self.diagonal, Tensor) else self.diagonal
