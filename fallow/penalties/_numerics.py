@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fallow.errors import ArgumentError, UsageError
-from fallow.penalties._checks import check_floats
+from fallow.penalties._checks import check_floats, check_step
 
 _CHUNK = 2**16
 
@@ -49,6 +49,11 @@ def check_elementwise_step(step: object, w: Tensor) -> float | Tensor:
     if not 0.0 <= float(step) < math.inf:
         raise UsageError(f"step must be finite and not negative, got {step!r}")
     return float(step)
+
+
+def check_step_of_vectors(step: object, w: Tensor) -> Tensor:
+    """Return `step` as a tensor of shape [..., 1] in the type of `w`: one number for each vector."""
+    return check_step(step, w.shape[:-1], w).detach().to(w.dtype)
 
 
 @functools.cache
