@@ -1,4 +1,4 @@
-"""`fallow explain`: of a run with its own rates, of a model by name with those that are said."""
+"""`fallow explain`: of a run with its own rates, of a model by name with those that are said, of heads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import pytest
 from cli_calls import Call, caller, refused
 
 import fallow
-from fallow.explaining import explain
+from fallow.explaining import explain, explain_head
 from fallow.recipes import examine
+from fallow.recipes._laws import WRITTEN, scheme_of
 from fallow.recipes._probe import Source, probe
+from fallow.schemes import (
+    Blocks,
+    Exchangeable,
+    FixedSize,
+    Gaussian,
+    Layer,
+    Scheme,
+    Units,
+    UnitsInBlocks,
+)
 
 FEW = ["--batches", "1", "--batch-size", "6", "--draws", "8", "--site-draws", "2", "--threads", "1"]
 TRAIN = ["--train-size", "60", "--epochs", "1", "--batch-size", "20", "--threads", "1", "--no-twin"]
@@ -100,6 +111,9 @@ def test_a_plan_brings_its_rates_and_its_sites(call: Call):
         (["--include", "group1.*"], {"include": ("group1.*",)}),
         (["--exclude", "group1.*"], {"exclude": ("group1.*",)}),
         (["--seed", 3], {"seed": 3}),
+        (["--head", "head"], {"head": "head"}),
+        (["--noise", "blocks:8:0.5:sliding"], {"scheme": Blocks(0.5, 8, "sliding")}),
+        (["--loss", "squared"], {}),
     ],
 )
 def test_every_option_reaches_its_place(
@@ -115,6 +129,47 @@ def test_every_option_reaches_its_place(
     few = [] if flags[0] in FEW else ["--batches", 1]
     assert call("explain", "resnet8", "--budget", 0.7, *flags, *few)[0] == 1
     assert asked.items() <= seen.items()
+
+
+def test_noise_in_front_of_the_head_needs_no_rates_and_squared_loss_has_a_distance(call: Call):
+    arguments = ["--noise", "blocks:8:0.5", "--loss", "squared", "--html", "page.html"]
+    code, out, err = call("explain", "resnet8", *arguments, *FEW)
+    assert (code, err) == (0, "")
+    for words in ("head head: 64 features, 10 outputs", "penalty, exact", "the objective is at most"):
+        assert words in out
+    head = found()["head"]
+    assert found()["sites"] == [] and found()["settings"]["rates"] == "none"
+    assert (found()["settings"]["noise"], found()["settings"]["loss"]) == ("blocks:8:0.5", "squared")
+    assert head["optimum"]["bound"] <= head["optimum"]["minimum"] <= head["optimum"]["objective"]
+    assert 'id="run-1-spectrum"' in Path("page.html").read_text()
+    tried = probe("resnet8", Source(batches=1, batch_size=6))
+    mean = {"loss_fn": examine._squared, "batches": tried.batches, "scheme": Blocks(0.5, 8), "draws": 8}
+    assert head == explain_head(tried.model, **mean).as_dict()
+
+
+def test_a_run_has_both_parts(call: Call, run: str):
+    code, out, _ = call("explain", run, "--noise", "units:0.5", *FEW)
+    assert code == 0 and "penalty R = E loss" in out and "penalty, quadratic form" in out
+    assert {name: rate for name, rate in rates().items() if rate < 1} == {"group1.0": 0.9, "group3.0": 0.6}
+    assert found()["head"]["scheme"] == str(Units(0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("units:0.5", Units(0.5)),
+        ("blocks:8:0.5", Blocks(0.5, 8)),
+        ("blocks:8:0.5:sliding", Blocks(0.5, 8, "sliding")),
+        ("layer:0.5", Layer(0.5)),
+        ("gaussian:0.25", Gaussian(0.25)),
+        ("fixed:3", FixedSize(3)),
+        ("exchangeable:0.5:0.1", Exchangeable(0.5, 0.1)),
+        ("units-in-blocks:8:0.9:0.8", UnitsInBlocks(0.9, 0.8, 8)),
+    ],
+)
+def test_every_law_can_be_written(text: str, scheme: Scheme):
+    assert scheme_of(text) == scheme
+    assert {how.partition(":")[0] for how in WRITTEN} >= {text.partition(":")[0]}
 
 
 def test_a_page_comes_with_it_and_report_takes_the_file(call: Call):
@@ -151,6 +206,17 @@ def test_the_same_call_gives_the_same_explanation(call: Call):
         (["resnet8", "--budget", "0.7", "--site-draws", "1"], "site_draws"),
         (["resnet8", "--budget", "0.7", "--exclude", "nosuch"], "nosuch"),
         (["resnet8", "--budget", "0.7", "--out", "something.json"], "is no explanation"),
+        (["resnet8", "--noise", "block:8:0.5"], "there is no law block; did you mean blocks:SIZE:RATE"),
+        (["resnet8", "--noise", "dropout"], "there is no law dropout; there are units:RATE"),
+        (["resnet8", "--noise", "blocks:8"], "--noise blocks:8: it is written blocks:SIZE:RATE[:sliding]"),
+        (["resnet8", "--noise", "blocks:8:0.5:round"], "grid must be"),
+        (["resnet8", "--noise", "blocks:0:0.5"], "block_size must be an integer of at least 1"),
+        (["resnet8", "--noise", "units:1.5"], "survival_rate must be in (0, 1], got 1.5"),
+        (["resnet8", "--noise", "units:half"], "it is written units:RATE"),
+        (["resnet8", "--noise", "fixed:65"], "kept must be at most the width"),
+        (["resnet8", "--head", "fc", "--noise", "units:0.5"], "no linear layer fc; there are head"),
+        (["resnet8", "--head", "head"], "no noise feeds head directly"),
+        (["resnet8", "--noise", "units:0.5", "--loss", "l1"], '--loss must be "cross-entropy" or "squared"'),
     ],
 )
 def test_bad_usage_is_one_paragraph(call: Call, arguments: list[str], words: str):

@@ -11,6 +11,7 @@ from fallow.data import NAMES
 from fallow.planning import cost as costing
 from fallow.planning import make, sensitivity
 from fallow.recipes import examine
+from fallow.recipes._laws import WRITTEN
 from fallow.recipes._probe import on_threads
 from fallow.report import write_report
 
@@ -136,6 +137,16 @@ def explain(
     scale: Annotated[
         str | None, typer.Option("--scale", help="train or eval [the run's, else train].")
     ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Name of the last linear layer [found by its output].")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option("--noise", help=f"Masks in front of it: {', '.join(WRITTEN)} [the model's own]."),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option("--loss", help=_text(examine.LOSSES), show_default=False)
+    ] = examine.LOSSES[0],
     draws: Annotated[int, typer.Option("--draws", help="Masks of all sites [64].", show_default=False)] = 64,
     site_draws: Annotated[
         int, typer.Option("--site-draws", help="Masks of the others for each site [4].", show_default=False)
@@ -163,7 +174,9 @@ def explain(
 ) -> None:
     """Say what stochastic depth penalises, site by site: exact forms beside a Monte Carlo estimate.
 
-    Takes the rates and the scale of a run; for a model by name pass --rates or --budget.
+    Takes the rates and the scale of a run; for a model by name pass --rates or --budget. With --noise, or
+    where the model has noise in front of its last linear layer, also what that penalises; with --loss squared
+    how far the layer is from the global minimum.
     """
     target = examine.file_to_write(out, "explanation")
     source = _source(data, data_dir, resize, batches, batch_size, weights, device, seed)
@@ -174,6 +187,9 @@ def explain(
             rates=rates,
             budget=budget,
             scale=scale,
+            head=head,
+            noise=noise,
+            loss=loss,
             draws=draws,
             site_draws=site_draws,
             label_draws=label_draws,

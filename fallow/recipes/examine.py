@@ -8,16 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fallow.errors import DataError, UsageError, check_rate
+from torch import Tensor
+from torch.nn import functional as F
+
+from fallow.errors import DataError, UsageError, check_choice, check_rate
 from fallow.explaining import Explanation, explain
 from fallow.integrations.loading import run_config
 from fallow.planning import Plan, plan
 from fallow.recipes._config import Config
-from fallow.recipes._probe import Probe, Source, probe
+from fallow.recipes._laws import scheme_of
+from fallow.recipes._probe import TOKENS, Probe, Source, logits_of, probe
 from fallow.recipes._run import RESULTS, RunFolder
 
-__all__ = ["Source", "explanation_of", "file_to_write", "plan_of", "rates_of", "write_explanation"]
+__all__ = ["LOSSES", "Source", "explanation_of", "file_to_write", "plan_of", "rates_of", "write_explanation"]
 
+LOSSES = ("cross-entropy", "squared")
 _SITES = ("granularity", "include", "exclude")  # what says which sites there are
 
 
@@ -95,9 +100,12 @@ def explanation_of(
     rates: str | None = None,
     budget: float | None = None,
     scale: str | None = None,
+    head: str | None = None,
+    noise: str | None = None,
+    loss: str = LOSSES[0],
     **options: Any,
 ) -> Explanation:
-    """What stochastic depth penalises in the model of a name, or of a run's folder.
+    """What stochastic depth and noise in front of the head penalise in the model of a name, or of a run.
 
     Args:
         name: as in `fallow.integrations.loading.load_model`.
@@ -106,20 +114,29 @@ def explanation_of(
             ones that meet the budget.
         budget: expected share of a dense step, for a rule of rates.
         scale: "train" or "eval". Default: the run's, else "train".
+        head: name of the last linear layer. Default: it is found.
+        noise: law of the masks in front of it, as `scheme_of` reads it. Default: that of the model's own
+            noise. With one of these two a model that is no run needs no rates, and has that part alone.
+        loss: "cross-entropy", or "squared": of the logits from the labels' indicators, a mean.
         **options: of `fallow.explain`.
 
     Raises:
         UsageError: no run, and no rates; FallowError: as in `probe` and `fallow.explain`.
     """
-    taken = _rates(name, rates, budget)
+    scheme = None if noise is None else scheme_of(noise)
+    check_choice("--loss", loss, LOSSES)
+    headed = head is not None or noise is not None
+    taken = _rates(name, rates, budget, headed)
     said = {key: options.pop(key) for key in _SITES if key in options}
     planned = _choice_of_plan(rates) if rates else {}
     chosen = planned | {key: value for key, value in said.items() if value}
     found = probe(name, source)
     made = explain(
         found.model,
-        found.loss_fn,
+        _loss(found, loss),
         found.batches,
+        head=head,
+        scheme=scheme,
         rates=taken,
         scale=scale or (found.run.scale if found.run is not None else None),
         max_batches=len(found.batches),
@@ -127,19 +144,38 @@ def explanation_of(
         **options,
         **_sites_as_in(found, chosen),
     )
-    about = {"rates": rates or ("of the run" if found.run is not None and budget is None else "linear")}
-    about |= {} if budget is None else {"budget": budget}
+    unsaid = "of the run" if found.run is not None and budget is None else "linear"
+    about = {"rates": rates or ("none" if taken is None else unsaid)}
+    given = {"budget": budget, "head": head, "noise": noise, "loss": None if loss == LOSSES[0] else loss}
+    about |= {key: value for key, value in given.items() if value is not None}
     settings = made.settings | about | _settings(name, found, source)
     return replace(made, notes=(*made.notes, *found.notes), settings=settings)
 
 
-def _rates(name: str, rates: str | None, budget: float | None) -> Any:
-    """A rule of rates, or a mapping."""
+def _loss(found: Probe, kind: str) -> Any:
+    """The loss function of a kind."""
+    if kind == LOSSES[0]:
+        return found.loss_fn
+    if found.data == TOKENS:
+        raise UsageError("--loss squared is for labels of images: leave it out for language models")
+    return _squared
+
+
+def _squared(output: Any, target: Tensor) -> Tensor:
+    """Mean squared distance from the labels' indicators."""
+    logits = logits_of(output)
+    return F.mse_loss(logits, F.one_hot(target, logits.shape[-1]).to(logits))
+
+
+def _rates(name: str, rates: str | None, budget: float | None, headed: bool) -> Any:
+    """A rule of rates, or a mapping; None where the noise is in front of the head."""
     if rates is None and budget is None:
         if run_config(name) is None:
+            if headed:
+                return None
             raise UsageError(
                 f"{name} is no run, so the rates must be said: pass --rates plan.json (of fallow plan), or "
-                "--budget for linear ones"
+                "--budget for linear ones; for noise in front of the last linear layer, --noise blocks:8:0.9"
             )
         return rates_of(name)
     if rates == "sensemode":

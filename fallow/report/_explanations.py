@@ -1,11 +1,14 @@
-"""The part of the page that shows an explanation: the penalty of stochastic depth, site by site."""
+"""The part of the page that shows an explanation: the penalty of stochastic depth, site by site.
+
+What noise in front of the head penalises is `fallow.report._heads`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fallow.errors import need
-from fallow.report import _shapes, _svg, _tables, _words
+from fallow.report import _heads, _shapes, _svg, _tables, _words
 from fallow.report._section import Section, Tile
 from fallow.report._shapes import Bar, Plot
 from fallow.report._svg import COLOUR
@@ -202,8 +205,14 @@ def _paint(
 
 
 def section(name: str, found: dict[str, Any], index: int) -> Section:
-    """One explanation's part of the page."""
-    notes, prefix = found.get("notes"), f"run-{index + 1}-"
+    """One explanation's part of the page: of branches, of a head, or of both."""
+    head, prefix = found.get("head"), f"run-{index + 1}-"
+    headed = isinstance(head, dict)
+    alone = headed and not records(found.get("sites"))
+    both = (headline(found), _heads.headline(head)) if headed else (headline(found),)
+    plots = () if alone else (penalties(found, prefix), sums(found, prefix))
+    plots = (*plots, _heads.forms(head, prefix), _heads.spectra(head, prefix)) if headed else plots
+    notes = [*_notes(found), *(_notes(head) if headed else ())]
     details = (
         _tables.pairs("Totals", found.get("totals")),
         _tables.pairs("Settings", found.get("settings")),
@@ -214,13 +223,18 @@ def section(name: str, found: dict[str, Any], index: int) -> Section:
         name=name,
         status="",
         warning="",
-        headline=headline(found),
-        tiles=tiles(found),
-        summary=summary(found),
-        plots=tuple(plot for make in (penalties, sums) if (plot := make(found, prefix)) is not None),
-        notes=tuple(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
+        headline=both[-1] if alone else " ".join(both),
+        tiles=_heads.tiles(head) if alone else tiles(found),
+        summary=_heads.table(head) if alone else summary(found),
+        plots=tuple(plot for plot in plots if plot is not None),
+        notes=tuple(dict.fromkeys(notes)),
         details=tuple(table for table in details if table.rows),
         small="Standard errors are over the masks drawn, given the samples.",
         notes_title="What to mind",
         source=name,
     )
+
+
+def _notes(found: dict[str, Any]) -> list[str]:
+    notes = found.get("notes")
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []

@@ -103,3 +103,39 @@ def example_explanation() -> dict[str, Any]:
         "settings": {"model": "runs/digits", "rates": "of the run"},
         "provenance": {"fallow": "0.1.0"},
     }
+
+
+def example_head() -> dict[str, Any]:
+    """The part of an explanation on noise in front of the head; every call makes a new one."""
+    return {
+        "schema": 1,
+        "kind": "head_explanation",
+        "name": "fc",
+        "scheme": "Blocks(survival_rate=0.5, block_size=8, grid='disjoint')",
+        "source": "drop (BlockDropout)",
+        "loss_kind": "quadratic",
+        "width": 64,
+        "outputs": 10,
+        "samples": 64,
+        "draws": 64,
+        "loss": 0.5,
+        "exact": 0.25,
+        "quadratic": None,
+        "jensen": None,
+        "monte_carlo": 0.2,
+        "monte_carlo_error": 0.02,
+        "share": 1 / 3,
+        "kappa": 0.125,
+        "effective_rank": 3.2,
+        "optimum": {
+            "objective": 0.75,
+            "bound": 0.5,
+            "minimum": 0.6,
+            "above": 0.25,
+            "spectrum": [9.0, 4.0, 2.0, 0.5],
+            "optimal_spectrum": [6.0, 5.0, 2.0],
+        },
+        "notes": ["at block size 8 DropBlock is more than Dropout here"],
+        "settings": {"batches": 2},
+        "provenance": {"fallow": "0.1.0"},
+    }
