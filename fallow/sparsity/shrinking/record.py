@@ -99,10 +99,6 @@ class Recorder(TorchDispatchMode):
         self.info[id(tensor)] = info
         return info
 
-    def constant(self, tensor: Tensor) -> Tensor | None:
-        """A tensor that does not come from the input, as its own constants."""
-        return None if self.escaped else tensor.detach().clone()
-
     # --- operations ---------------------------------------------------------------------------------
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
         kwargs = kwargs or {}

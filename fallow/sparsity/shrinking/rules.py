@@ -22,10 +22,10 @@ _FROM_SIZES = frozenset("new_zeros new_ones new_full zeros_like ones_like full_l
 
 def infer(step: Step, out: list[Tensor]) -> list[Info]:
     """What is known of an operation's results."""
-    if all(complete for complete in map(_complete, step.infos)) or step.name in _FROM_SIZES:
-        known = [_concrete(step, t) for t in out]
-    else:
-        known = None
+    known = None
+    if not step.recorder.escaped and (all(map(_complete, step.infos)) or step.name in _FROM_SIZES):
+        random = step.name.startswith(_RANDOM)
+        known = [None if random else t.detach().clone() for t in out]
     if step.name in RULES:
         results = RULES[step.name](step, out)
     elif torch.Tag.pointwise in step.func.tags or step.name in _ELEMENTWISE:
@@ -42,10 +42,6 @@ def _complete(info: Info) -> bool:
     return constants.complete(info.known)
 
 
-def _concrete(step: Step, tensor: Tensor) -> Tensor | None:
-    return None if step.name.startswith(_RANDOM) else step.recorder.constant(tensor)
-
-
 def elementwise(step: Step, out: list[Tensor]) -> list[Info]:
     """An operation on the elements, with broadcasting: labels at the same place are tied."""
     ndim = out[0].dim()
@@ -54,7 +50,9 @@ def elementwise(step: Step, out: list[Tensor]) -> list[Info]:
         for info, shape in zip(step.infos, step.shapes, strict=True)
     ]
     layers = merged(step, operands)
-    known = constants.pointwise(step.func, step.args, step.kwargs, step.recorder.known, out[0])
+    known = None
+    if not (step.recorder.escaped and any(isinstance(a, (int, float)) for a in step.args)):
+        known = constants.pointwise(step.func, step.args, step.kwargs, step.recorder.known, out[0])
     return [Info(layers, known)] + [Info(layers) for _ in out[1:]]
 
 
