@@ -53,7 +53,7 @@ def run(cell: Cell, folder: Path, data_dir: str | None, command: str, show: Show
         else:
             train.train(_config(cell, data_dir), folder, show=show, command=command)
     else:
-        _compute(cell, folder)
+        _compute(cell, folder, data_dir)
 
 
 def refuse_other(cell: Cell, folder: Path) -> None:
@@ -131,7 +131,7 @@ class Pieces:
         return found["result"]
 
 
-def _compute(cell: Cell, folder: Path) -> None:
+def _compute(cell: Cell, folder: Path, data_dir: str | None) -> None:
     assert cell.work is not None
     home = RunFolder(folder, AGAIN)
     try:
@@ -140,9 +140,10 @@ def _compute(cell: Cell, folder: Path) -> None:
         raise RunError(f"the folder {folder} cannot be made ({error.strerror})") from None
     home.remove_temporaries()
     start = time.process_time()
+    where = {"data_dir": data_dir} if cell.data else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(0, cell.name))
-        found = cell.work(**cell.options, pieces=Pieces(cell.name, folder))
+        found = cell.work(**cell.options, **where, pieces=Pieces(cell.name, folder))
     record = {
         "schema": SCHEMA,
         "kind": "cell",

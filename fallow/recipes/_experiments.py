@@ -58,7 +58,8 @@ class Cell:
         minutes: what it is expected to take on one core.
         work: None for a training run; else a function of a module that returns what JSON can hold. It is
             called with `options` and `pieces=`, a function `pieces(name, compute)` that keeps the result of
-            each long part, and must be a function of its options alone.
+            each long part, and must be a function of its options alone. Where these name an image set under
+            "data" it is called with `data_dir=` too.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Cell:
     @property
     def data(self) -> str | None:
         """The image set that it reads; None for none."""
-        return None if self.work else self.options.get("data", "digits")
+        return self.options.get("data", None if self.work else "digits")
 
 
 # What is known of an item's finished cells -> {"panels": [...], "tables": [...], "statements": [...]}.

@@ -19,7 +19,7 @@ import torch
 from fallow import data
 from fallow._version import __version__
 from fallow.errors import DataError, UsageError, check_count, nearest
-from fallow.recipes import _cells, hayou2021
+from fallow.recipes import _cells, hayou2021, pal2020
 from fallow.recipes._experiments import LABELS, Cell, Item, Paper
 from fallow.recipes._results import now
 from fallow.recipes._run import RESULTS, RunFolder
@@ -28,7 +28,7 @@ from fallow.recipes._stop import Interrupted
 
 __all__ = ["PAPERS", "Done", "Entry", "cores", "entries", "home_of", "paper_of", "reproduce"]
 
-PAPERS: dict[str, Paper] = {paper.name: paper for paper in (hayou2021.PAPER,)}
+PAPERS: dict[str, Paper] = {paper.name: paper for paper in (hayou2021.PAPER, pal2020.PAPER)}
 SCHEMA = 1
 TWO_CORES = 2  # what expected times are said for
 

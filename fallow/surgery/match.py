@@ -68,15 +68,19 @@ class _Matcher:
         return names
 
     def _branch(self, value: int) -> Branch | None:
-        while value not in self.ends:
-            readers = set(self.trace.values[value].readers)
-            if len(readers) != 1:
-                return None
-            op = self.trace.ops[readers.pop()]
-            if not self._carries(op) or len(op.outputs) != 1:
-                return None
-            value = op.outputs[0]
-        return self.ends[value] if len(set(self.trace.values[value].readers)) == 1 else None
+        """The branch that ends in the value, or in it rearranged and times constants.
+
+        That nothing else reads what lies between is for the sites: a branch with such a value is none.
+        """
+        todo = [value]
+        while todo:
+            at = todo.pop()
+            if at in self.ends:
+                return self.ends[at]
+            for reader in self.trace.values[at].readers:
+                op = self.trace.ops[reader]
+                todo += op.outputs if self._carries(op) else []
+        return None
 
     def _carries(self, op: Op) -> bool:
         return base_name(op) in _CARRIES or self.flow.constant_factor(op)

@@ -221,7 +221,7 @@ def test_a_factor_after_the_drop_path_is_no_matter():
 
 
 class Odd(nn.Module):
-    """A drop path that is not the branch of its sum."""
+    """A residual block whose branch can rest, but is not what its drop path masks."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -229,26 +229,49 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.one(x).relu()
-        if self.how == "inside":  # a nonlinearity and a bias come after it
+        if self.how == "inside":
             return x + self.two(self.path(z).sigmoid())
-        if self.how == "half":  # masks one of two branches of a sum
+        if self.how == "half":
             return x + (self.path(z) + self.two(x))
-        if self.how == "used twice":  # what it masks goes elsewhere too
+        if self.how == "piece":
+            return x + torch.cat([self.path(z[:, :3]), z[:, 3:]], 1)
+        if self.how == "used twice":
             dropped = self.path(z)
             return (x + dropped) * dropped.mean()
         if self.how == "twice":
             return x + self.path(self.path(z))
-        return x + self.path(z.view(1, -1, 6)).view_as(x)  # "other rows"
+        if self.how == "other rows":
+            return x + self.path(z.unsqueeze(0)).squeeze(0)
+        return x + z
 
 
-@pytest.mark.parametrize("how", ["inside", "half", "used twice", "twice", "other rows"])
+ODD = {
+    "inside": "not the branch of a residual sum",
+    "half": "not the branch of a residual sum",
+    "piece": "not the branch of a residual sum",
+    "used twice": "not the branch of a residual sum",
+    "twice": "masked twice",
+    "other rows": "does not have the batch's rows",
+    "not at all": "does not call it",
+}
+
+
+@pytest.mark.parametrize("how", ODD)
 def test_what_is_not_a_branch_is_masked_where_it_was(how):
-    model = Odd(how)
+    model = nn.Sequential(Odd(how), Block(TimmPath(0.2)))
     result = replace(model, example=torch.randn(2, 6))
-    (change,) = result.replaced
-    assert result.handle is None and change.note and isinstance(model.path, DropPath)
-    assert "masks and saves no work: path" in str(result.report())
+    assert {c.name: c.sites for c in result.replaced} == {"0.path": (), "1.path": ("1",)}
+    assert ODD[how] in result.replaced[0].note and result.handle.rates["1"] == 0.8
+    assert result.handle.rates.get("0", 1) == 1 and isinstance(model[0].path, DropPath)
+    assert "masks and saves no work: 0.path" in str(result.report())
     model(torch.randn(5, 6)).sum().backward()
+
+
+def test_of_two_drop_paths_on_one_branch_the_first_rests_and_the_second_masks():
+    model = net(nn.Sequential(TimmPath(0.5), TimmPath(0.2)))
+    result = replace(model, example=torch.randn(2, 6))
+    assert [c.sites for c in result.replaced] == [("0",), ()]
+    assert "masked twice" in result.replaced[1].note and result.handle.rates == {"0": 0.5}
 
 
 class Nested(nn.Module):
