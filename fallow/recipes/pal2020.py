@@ -121,7 +121,8 @@ PAPER = Paper(
                 "": (
                     *_LINEAR,
                     "Windows do not wrap around: seeds may lie up to r - 1 units before the first one, "
-                    "so that every unit has the asked rate; each seed has probability 1 - θ^(1/r).",
+                    "so that every unit has the asked rate; each seed has probability 1 - θ^(1/r). "
+                    "Blocks over either end are cut.",
                 )
             },
         ),
