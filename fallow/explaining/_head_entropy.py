@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fallow.explaining._head_found import HeadNoise
+from fallow.explaining._head_noise import HeadNoise
 from fallow.explaining._head_readings import Head, Reading
 from fallow.explaining._head_squared import as_blocks
 from fallow.penalties import jensen_bound, quadratic_surrogate

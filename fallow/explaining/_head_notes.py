@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fallow.explaining._head_found import HeadNoise
+from fallow.explaining._head_noise import HeadNoise
 from fallow.explaining._head_readings import Head
 from fallow.explaining._head_result import HeadOptimum
 from fallow.penalties import HeadPenalty, block_size_note

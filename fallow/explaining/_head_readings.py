@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fallow.errors import UsageError
 from fallow.explaining._curvature import Curvature, recognise
 from fallow.explaining._estimate import mean_and_error
-from fallow.explaining._head_found import HeadNoise
+from fallow.explaining._head_noise import HeadNoise
 from fallow.explaining._outputs import OutputLoss, inner
 from fallow.feed import LossFunction, Pair, call_model, rows_of
 from fallow.surgery import probe

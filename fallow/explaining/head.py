@@ -16,7 +16,8 @@ from torch import nn
 
 from fallow.errors import ArgumentError, FallowError, UsageError, check_count
 from fallow.explaining import _head_entropy, _head_squared
-from fallow.explaining._head_found import HeadNoise, head_of
+from fallow.explaining._head_found import head_of
+from fallow.explaining._head_noise import HeadNoise
 from fallow.explaining._head_notes import notes
 from fallow.explaining._head_readings import Head, monte_carlo, read
 from fallow.explaining._head_result import HeadExplanation, HeadOptimum

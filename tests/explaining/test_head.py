@@ -295,15 +295,15 @@ def test_another_loss_has_monte_carlo_alone():
 class Pooled(nn.Module):
     """Noise, a change of shape, the head, another change of shape."""
 
-    def __init__(self, noise: nn.Module, functional: bool = False) -> None:
+    def __init__(self, noise: nn.Module) -> None:
         super().__init__()
         self.stem, self.drop, self.classifier = nn.Linear(6, WIDTH), noise, nn.Linear(WIDTH, OUT)
-        self.spare, self.functional = nn.Linear(OUT, OUT), functional
+        self.spare = nn.Linear(OUT, OUT)
         self.double()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.stem(x).relu()[:, None]
-        dropped = F.dropout(features, 0.5, self.training) if self.functional else self.drop(features)
+        dropped = self.drop(features)
         self.spare(self.drop(features)[:, 0, :OUT])  # not the output, and no reason to take it for the head
         return {"logits": self.classifier(dropped.flatten(1)).unsqueeze(1)}
 
@@ -330,16 +330,46 @@ def test_head_and_noise_are_found_in_the_data_flow(noise, scheme):
     assert (said.name, said.scheme) == ("classifier", str(scheme))
 
 
+class Functional(nn.Module):
+    """Noise that is no module, in a module inside."""
+
+    def __init__(self, noise) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Linear(6, WIDTH), nn.Module()
+        self.last.fc, self.noise = nn.Linear(WIDTH, OUT), noise
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).relu())
+        return self.last.fc(self.noise(x, self.training))
+
+
+@pytest.mark.parametrize(
+    ("noise", "scheme"),
+    [
+        (lambda x, on: F.dropout(x, 0.25, on), Units(0.75)),
+        (lambda x, on: F.dropout(x[:, :, None, None], 0.25, on).flatten(1), Units(0.75)),
+        (lambda x, on: F.dropout(x, 0.25, on, inplace=True), Units(0.75)),
+    ],
+)
+def test_dropout_that_is_a_function_is_found_too(noise, scheme):
+    model, batch = Functional(noise), [(inputs(), numbers())]
+    found = explain_head(model, F.mse_loss, batch, draws=2)
+    assert (found.name, found.scheme, found.source) == ("last.fc", str(scheme), "F.dropout in the model")
+    assert int(model.norm.num_batches_tracked) == 0 and model.training
+
+
 @pytest.mark.parametrize(
     "model",
     [
         Pooled(nn.Identity()),
         Pooled(nn.Dropout(0.0)),
         Pooled(BlockDropout(survival_rate=1.0, block_size=4)),
-        Pooled(nn.Dropout(0.5), functional=True),
         nn.Sequential(nn.Linear(6, WIDTH), nn.Dropout(0.5), nn.ReLU(), nn.Linear(WIDTH, OUT)).double(),
+        Functional(lambda x, on: F.dropout1d(x[:, :, None], 0.5, on)[..., 0] + 0),
     ],
-    ids=["none", "off", "rate 1", "elsewhere", "before a relu"],
+    ids=["none", "off", "rate 1", "before a relu", "of channels"],
 )
 def test_noise_that_does_not_feed_the_head_is_not_taken_for_its_own(model):
     loss = of_logits if isinstance(model, Pooled) else F.mse_loss
