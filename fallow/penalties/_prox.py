@@ -147,6 +147,7 @@ def conjugate(eta: Tensor, value: Scalar, eta_of: Scalar) -> Tensor:
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     v = low.exp2()
     none, all_ = low == -66.0, high == 66.0
-    f = 2 * value(v) - torch.where(asked == torch.inf, 0.0, v * v / asked)
+    # by the envelope theorem the derivative is that at a fixed w
+    f = 2 * value(v) - torch.where(asked == torch.inf, 0.0, v * v / eta.double())
     f = torch.where(all_ & asked.isfinite(), torch.inf, torch.where(none, 0.0, f))
     return torch.where(asked.isnan(), torch.nan, f).to(eta.dtype)

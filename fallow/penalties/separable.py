@@ -122,9 +122,11 @@ class Separable:
         weights = check_weights(w).detach()
         return self._prox(weights, check_elementwise_step(step, weights))
 
-    @torch.no_grad()
     def dual(self, eta: Tensor) -> Tensor:
-        """``f(eta)`` of (3), elementwise, for entries in [0, infinity]; without gradient."""
+        """``f(eta)`` of (3), elementwise, for entries in [0, infinity].
+
+        Its derivative is ``w^2 / eta^2`` at the weight w whose eta this is; where f has kinks, one of them.
+        """
         return self._dual(check_floats("eta", eta, 0))
 
     def _value(self, magnitude: Tensor) -> Tensor:

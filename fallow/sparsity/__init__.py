@@ -1,8 +1,23 @@
 """From training with a penalty or an adaptive dropout to a smaller dense model."""
 
+from fallow.sparsity.regression import Fit, irls, proximal, variable_projection
 from fallow.sparsity.shrink import Shrunk, shrink
 from fallow.sparsity.shrinking.files import Saved, load
 from fallow.sparsity.shrinking.left import Left
 from fallow.sparsity.shrinking.plan import apply_plan
+from fallow.sparsity.sparsify import Sparsifier, sparsify
 
-__all__ = ["Left", "Saved", "Shrunk", "apply_plan", "load", "shrink"]
+__all__ = [
+    "Fit",
+    "Left",
+    "Saved",
+    "Shrunk",
+    "Sparsifier",
+    "apply_plan",
+    "irls",
+    "load",
+    "proximal",
+    "shrink",
+    "sparsify",
+    "variable_projection",
+]

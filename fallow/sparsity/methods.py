@@ -1,0 +1,246 @@
+"""How a strategy acts on weights while they are trained: as a penalty, after the step, or as learned weights.
+
+With strength lam, groups of m entries and root mean square n (single weights: m = 1, n = |w|) all of these
+minimise the loss plus ``lam sum_g m Omega(n_g)``, Omega the strategy's penalty, or come near to it:
+
+- gradient: the penalty is added to the loss.
+- tikhonov: ``lam / 2 sum w^2 / eta``, eta of the last update; the same gradient, one update late.
+- prox: after the optimiser's step of size rho, ``n <- argmin (x - n)^2 / 2 + rho lam Omega(x)``.
+- adaprox: after the step ``w <- w eta / (eta + rho lam)``, eta at w: one multiplication by survival rates.
+- eta: ``lam / 2 sum_g m (n^2 / eta + f(eta))`` over weights and ``log(eta / lam)`` together.
+
+The factor 1/2 is that of the eta-trick throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fallow.errors import UsageError
+from fallow.sparsity.weights import Weight
+
+# Survival rates below this are not divided by: lam / eta stays below a thousand.
+_SMALLEST_RATE = 1e-3
+
+
+class Strategy(Protocol):
+    """What a penalty of `fallow.penalties` offers."""
+
+    def value(self, w: Tensor) -> Tensor:
+        """Omega, entry by entry."""
+        ...
+
+    def prox(self, w: Tensor, step: Any) -> Tensor:
+        """``argmin (x - w)^2 / 2 + step Omega(x)``."""
+        ...
+
+    def eta(self, w: Tensor) -> Tensor:
+        """``w / Omega'(w)``."""
+        ...
+
+    def dual(self, eta: Tensor) -> Tensor:
+        """f, ``Omega(w) = min_eta (w^2 / eta + f(eta)) / 2``."""
+        ...
+
+
+class Method:
+    """What a run asks of its method; this one does nothing to the weights.
+
+    Attributes:
+        weights: what is made sparse.
+        strategy: the penalty and its survival rates.
+        optimiser: that of the training loop, where the method needs its steps.
+    """
+
+    needs_optimiser = False
+
+    def __init__(
+        self, weights: Sequence[Weight], strategy: Strategy, optimiser: torch.optim.Optimizer | None
+    ) -> None:
+        self.weights, self.strategy, self.optimiser = weights, strategy, optimiser
+        if self.needs_optimiser and optimiser is None:
+            raise UsageError(
+                f"method {type(self).__name__.lower()!r} follows the optimiser's steps: pass optimiser="
+            )
+
+    def penalty(self, strength: float) -> Tensor | float:
+        """What is added to the loss."""
+        return 0.0
+
+    def update(self, strength: float) -> None:
+        """What happens after the optimiser's step."""
+
+    def eta(self, weight: Weight, strength: float) -> Tensor:
+        """Inverse Tikhonov weights of the groups; they keep with the probability eta / (eta + strength)."""
+        return self.strategy.eta(weight.magnitude())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimiser has to move besides the model's own."""
+        return iter(())
+
+    def state(self) -> dict[str, Any]:
+        """What the method remembers, as `torch.load` reads it with ``weights_only=True``."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Bring the memory back."""
+
+
+class Gradient(Method):
+    """The penalty through autograd."""
+
+    def penalty(self, strength: float) -> Tensor | float:
+        """``strength sum_g m Omega(n_g)``."""
+        total: Tensor | float = 0.0
+        for weight in self.weights:
+            value = self.strategy.value(_differentiable(weight)).sum()
+            total = total + (value if weight.axis is None else value * weight.members)
+        return total * strength
+
+
+class Tikhonov(Method):
+    """A ridge whose weights are those of the last update, so that no derivative goes through them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.inverse: list[Tensor | None] = [None] * len(self.weights)
+
+    def penalty(self, strength: float) -> Tensor | float:
+        """``sum w^2 (1 - a) / (2 a)``, a the survival rates of the last update; 0 before the first."""
+        total: Tensor | float = 0.0
+        for weight, inverse in zip(self.weights, self.inverse, strict=True):
+            if inverse is not None:
+                total = total + (weight.parameter.square() * weight.spread(inverse)).sum()
+        return total * 0.5
+
+    def update(self, strength: float) -> None:
+        """Take the survival rates of the weights as they are now."""
+        most = (1 - _SMALLEST_RATE) / _SMALLEST_RATE
+        for i, weight in enumerate(self.weights):
+            self.inverse[i] = (strength / self.eta(weight, strength)).clamp_(max=most)
+
+    def state(self) -> dict[str, Any]:
+        """The inverse odds by weight."""
+        found = zip(self.weights, self.inverse, strict=True)
+        return {weight.name: inverse for weight, inverse in found if inverse is not None}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Bring them back."""
+        self.inverse = [state.get(weight.name) for weight in self.weights]
+
+
+class Prox(Method):
+    """The proximal operator of the penalty with the optimiser's step size."""
+
+    needs_optimiser = True
+
+    def update(self, strength: float) -> None:
+        """Shrink each group to its proximal point."""
+        for weight, step in zip(self.weights, self._steps(), strict=True):
+            magnitude = weight.magnitude()
+            shrunk = self.strategy.prox(magnitude, step * strength)
+            self._scale(weight, torch.where(magnitude > 0, shrunk / magnitude, 0.0))
+
+    def _scale(self, weight: Weight, factor: Tensor) -> None:
+        with torch.no_grad():
+            weight.parameter.mul_(weight.spread(factor))
+
+    def _steps(self) -> Iterator[Any]:
+        assert self.optimiser is not None
+        settings = {id(p): group for group in self.optimiser.param_groups for p in group["params"]}
+        for weight in self.weights:
+            if id(weight.parameter) not in settings:
+                raise UsageError(f"the optimiser does not move {weight.name}: give it all of the parameters")
+            yield step_size(self.optimiser, settings[id(weight.parameter)], weight)
+
+
+class AdaProx(Prox):
+    """One multiplication by survival rates: the proximal point of the ridge that the weights have now.
+
+    Its fixed points are those of the penalty but for a bias of the order of the step, which goes with it.
+    """
+
+    def update(self, strength: float) -> None:
+        """Multiply each group by ``eta / (eta + step strength)``."""
+        for weight, step in zip(self.weights, self._steps(), strict=True):
+            eta = self.strategy.eta(weight.magnitude())
+            rate = eta / (eta + step * strength)
+            # 0 / 0 where a weight and the step are 0, inf / inf where nothing is penalised
+            self._scale(weight, torch.where(eta.isinf(), 1.0, rate.nan_to_num_(0.0)))
+
+
+class Eta(Method):
+    """Weights and inverse Tikhonov weights minimised together, the latter as ``log(eta / strength)``."""
+
+    START = 5.0  # survival rate .993
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.logits = nn.ParameterList(
+            nn.Parameter(torch.full_like(weight.magnitude(), self.START)) for weight in self.weights
+        )
+
+    def penalty(self, strength: float) -> Tensor | float:
+        """``strength / 2 sum_g m (n^2 / eta + f(eta))``."""
+        total: Tensor | float = 0.0
+        for weight, logit in zip(self.weights, self.logits, strict=True):
+            eta = strength * logit.exp()
+            square = (weight.parameter.square() / weight.spread(eta)).sum()
+            total = total + square + self.strategy.dual(eta).sum() * weight.members
+        return total * (0.5 * strength)
+
+    def eta(self, weight: Weight, strength: float) -> Tensor:
+        """As they have been learned."""
+        logit = self.logits[list(self.weights).index(weight)]
+        return strength * logit.detach().exp()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The logits of the survival rates, one for each group."""
+        return iter(self.logits)
+
+    def state(self) -> dict[str, Any]:
+        """The logits by weight."""
+        found = zip(self.weights, self.logits, strict=True)
+        return {weight.name: logit.detach() for weight, logit in found}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Bring them back into the same parameters."""
+        with torch.no_grad():
+            for weight, logit in zip(self.weights, self.logits, strict=True):
+                logit.copy_(state[weight.name])
+
+
+METHODS: dict[str, type[Method]] = {
+    "gradient": Gradient,
+    "tikhonov": Tikhonov,
+    "prox": Prox,
+    "adaprox": AdaProx,
+    "eta": Eta,
+}
+
+
+def step_size(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: Weight) -> Any:
+    """The optimiser's step for a unit of gradient: its rate, over the root second moment where it has one.
+
+    For a group of entries the mean over them. Read it before a scheduler moves the rate.
+    """
+    rate = float(group["lr"])
+    state = optimiser.state.get(weight.parameter, {})
+    second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if second is None:
+        return rate
+    count, beta = float(state["step"]), group["betas"][1]
+    step = second.div(1 - beta**count).sqrt_().add_(group["eps"]).reciprocal_().mul_(rate)
+    if weight.axis is None:
+        return step
+    axes = [i for i in range(step.dim()) if i != weight.axis]
+    return step.mean(axes).unflatten(0, (-1, weight.size)).mean(1)
+
+
+def _differentiable(weight: Weight) -> Tensor:
+    """The magnitudes with their gradient; the sign of a single weight is for the penalty to see."""
+    return weight.parameter if weight.axis is None else weight.magnitude(weight.parameter)

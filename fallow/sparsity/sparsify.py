@@ -1,0 +1,322 @@
+"""From training with a penalty or an adaptive dropout to a model with zeros, in the user's own loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fallow.errors import ArgumentError, RunError, UsageError, check_choice, check_count, refuse_unknown
+from fallow.penalties import Ridge
+from fallow.penalties.registry import penalty
+from fallow.schedules import Schedule
+from fallow.sparsity.control import Target, best_of_blocks, masks_for, share_of_blocks, target_of
+from fallow.sparsity.methods import METHODS, Method, Strategy
+from fallow.sparsity.weights import Weight, weights_of
+
+if TYPE_CHECKING:
+    from fallow.sparsity.shrink import Shrunk
+
+CUT = 0.05  # groups that would be kept less often are zero in the end
+# The strength follows the share of zeros: by this factor for a share that is off by 1, within these bounds.
+_GAIN, _MOST = 4.0, 1e6
+_KEYWORDS = (
+    "strategy strength method groups target steps control ramp every optimiser schedule cut include exclude"
+).split()
+
+
+def sparsify(
+    model: nn.Module,
+    *,
+    strategy: str | Strategy = "logsum",
+    strength: float = 1e-3,
+    method: str = "gradient",
+    groups: str = "weights",
+    target: float | None = None,
+    steps: int | None = None,
+    control: str = "ramp",
+    ramp: tuple[float, float] = (0.1, 0.7),
+    every: int | None = None,
+    optimiser: torch.optim.Optimizer | None = None,
+    schedule: Schedule | None = None,
+    cut: float = CUT,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    **unknown: Any,
+) -> Sparsifier:
+    """Start to make a model sparse; the training loop stays the user's.
+
+    Formula: minimises ``loss + strength sum_g m Omega(n_g)`` over groups of m entries with root mean square
+    n_g, Omega the strategy's penalty, by one of the methods of `fallow.sparsity.methods`. A group is zero in
+    the end where its survival rate ``eta / (eta + strength)`` is below `cut`, or where the target says so.
+
+    Args:
+        model: any module; its parameters stay the same tensors under the same names.
+        strategy: a penalty of `fallow.penalties`, or its name; "magnitude": none, the smallest go.
+        strength: lambda, of a loss that is a mean over samples.
+        method: "gradient", "tikhonov", "prox", "adaprox" or "eta".
+        groups: "weights", "outputs" (neurons, filters), "inputs", "heads", or "N:M" such as "2:4": of each M
+            neighbours along the inputs at most N are kept.
+        target: the share of the chosen weights that is to be zero at the end of `steps`; with "N:M" it
+            follows from that.
+        steps: optimiser steps of the whole training; with a target.
+        control: "ramp": the smallest groups go as the ramp says; "strength": the strength follows the ramp.
+        ramp: the parts of the steps at which the ramp begins and ends; what is left trains on after it.
+        every: steps between two looks of the controller; None: a two-hundredth of the training.
+        optimiser: of the loop; "prox" and "adaprox" take their step size from it.
+        schedule: of `fallow.schedules`, or a function of the step to a factor of the strength.
+        cut: survival rate below which a group is zero, without a target.
+        include: names or patterns of the parameters to take; None: the weights of linear layers, convolutions
+            and attention. Biases and norms are never taken.
+        exclude: of those to leave out, say the last layer's.
+        unknown: refused.
+
+    Raises:
+        UsageError: a word or number that cannot be, a target without steps, a method without its optimiser,
+            patterns that match nothing or biases, NaN weights.
+        ArgumentError: an unknown keyword, a strategy that is no penalty.
+
+    References:
+        LeJeune, Javadi, Baraniuk: The Flip Side of the Reweighted Coin (2021).
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> run = sparsify(model, strategy="logsum", strength=1e-3)
+        >>> loss = model(torch.ones(3, 4)).square().mean() + run.penalty()
+        >>> loss.backward()
+        >>> run.update()
+    """
+    refuse_unknown("sparsify", unknown, _KEYWORDS)
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+        raise UsageError(f"strength must be finite and not negative, got {strength!r}")
+    if not 0 <= cut < 1:
+        raise UsageError(f"cut is a survival rate in [0, 1), got {cut!r}")
+    check_choice("method", method, METHODS)
+    chosen = weights_of(model, groups=groups, include=include, exclude=exclude)
+    share = share_of_blocks(chosen[0]) if target is None and chosen[0].keep else target
+    goal = None if share is None else target_of(share, steps, control, *ramp, every)
+    if isinstance(strategy, str) and strategy == "magnitude":
+        if goal is None:
+            raise UsageError('strategy "magnitude" needs target= and steps=: nothing else says how many go')
+        how: Method = Method(chosen, Ridge(), optimiser)
+    else:
+        how = METHODS[method](chosen, _strategy(strategy), optimiser)
+    return Sparsifier(model, chosen, how, float(strength), goal, schedule, float(cut))
+
+
+def _strategy(given: Any) -> Strategy:
+    found = penalty(given) if isinstance(given, str) else given
+    missing = [name for name in ("value", "prox", "eta", "dual") if not hasattr(found, name)]
+    if missing or isinstance(found, type):
+        raise ArgumentError(
+            f"strategy must be a penalty such as fallow.penalties.LogSum(eps=2.0) or its name, got {given!r}"
+        )
+    return found
+
+
+class Sparsifier:
+    """A model on its way to fewer weights; made by `sparsify`.
+
+    Attributes:
+        model: the user's model.
+        weights: what is made sparse.
+        strength: lambda, before the schedule and the controller.
+        target: how the share is reached; None where survival rates decide.
+        time: optimiser steps so far.
+        rescued: weights of which one group was kept that the target would have taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: list[Weight],
+        method: Method,
+        strength: float,
+        target: Target | None,
+        schedule: Schedule | None,
+        cut: float,
+    ) -> None:
+        self.model, self.weights, self.strength, self.target = model, weights, strength, target
+        self.schedule, self.cut = schedule, cut
+        self.time, self.rescued = 0, []
+        self._method, self._factor = method, 1.0
+        self._masks: list[Tensor] | None = None
+
+    @property
+    def current_strength(self) -> float:
+        """The strength in force now, schedule and controller applied."""
+        share = 1.0 if self.schedule is None else float(self.schedule(self.time))
+        return self.strength * share * self._factor
+
+    def penalty(self) -> Tensor | float:
+        """What to add to the loss, that of the current weights; 0 for methods that act after the step."""
+        if self._settled():
+            return 0.0
+        return self._method.penalty(self.current_strength)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the method itself, for the optimiser; only "eta" has any."""
+        return self._method.parameters()
+
+    def update(self) -> None:
+        """Act after the optimiser's step, and before the scheduler's.
+
+        Raises:
+            RunError: a weight is not finite; weights and masks are as they were.
+        """
+        looks = self.target is not None and self.target.looks(self.time + 1)
+        if looks:
+            self._refuse_not_finite()
+        if not self._settled():
+            self._method.update(self.current_strength)
+        self.time += 1
+        if looks:
+            self._control()
+        self._apply_masks()
+
+    def _settled(self) -> bool:
+        """Whether the target is reached: what is left trains on without a penalty."""
+        return self.target is not None and self._masks is not None and self.time >= self.target.last
+
+    def _refuse_not_finite(self) -> None:
+        """Masks and zeros made from NaN would look like a result."""
+        for weight in self.weights:
+            if not bool(weight.parameter.detach().isfinite().all()):
+                raise RunError(
+                    f"{weight.name} has NaN or infinite entries after {self.time} steps: nothing was "
+                    "changed; load the last checkpoint and lower the learning rate"
+                )
+
+    def _control(self) -> None:
+        target = self.target
+        assert target is not None
+        wanted = target.wanted(self.time)
+        if target.control == "ramp" or self.time == target.last:
+            self._masks, self.rescued = masks_for(self.weights, self._scores(), wanted)
+        else:
+            factor = self._factor * math.exp(_GAIN * (wanted - self.sparsity()))
+            self._factor = min(max(factor, 1 / _MOST), _MOST)
+
+    def _scores(self) -> list[Tensor]:
+        """Magnitudes; what is masked already stays so, and so do the best N of M."""
+        scores = [best_of_blocks(weight, weight.magnitude()) for weight in self.weights]
+        if self._masks is None:
+            return scores
+        return [score.masked_fill(~mask, -math.inf) for score, mask in zip(scores, self._masks, strict=True)]
+
+    def _apply_masks(self) -> None:
+        if self._masks is None:
+            return
+        with torch.no_grad():
+            for weight, mask in zip(self.weights, self._masks, strict=True):
+                weight.parameter.mul_(weight.spread(mask))
+
+    # --- what there is --------------------------------------------------------------------------------------
+
+    def survival_rates(self) -> dict[str, Tensor]:
+        """Keep probability of each group of each weight, by the weight's name; 0 where it is masked."""
+        strength, rates = self.current_strength, {}
+        for i, weight in enumerate(self.weights):
+            eta = self._method.eta(weight, strength)
+            rate = torch.where(eta.isinf(), 1.0, eta / (eta + strength)) if strength else torch.ones_like(eta)
+            rates[weight.name] = rate if self._masks is None else rate * self._masks[i]
+        return rates
+
+    def masks(self) -> dict[str, Tensor]:
+        """True = kept: the groups that are not zero in the end, as of now."""
+        if self._masks is not None:
+            kept = self._masks
+        elif self.target is not None and self.target.control == "ramp":
+            kept = [torch.ones_like(w.magnitude(), dtype=torch.bool) for w in self.weights]
+        else:
+            kept = [rate >= self.cut for rate in self.survival_rates().values()]
+        return {w.name: mask & (w.magnitude() > 0) for w, mask in zip(self.weights, kept, strict=True)}
+
+    def sparsity(self) -> float:
+        """The share of the chosen weights that is zero in the end, as of now."""
+        found = zip(self.weights, self.masks().values(), strict=True)
+        kept = sum(int(mask.sum()) * weight.members for weight, mask in found)
+        return 1 - kept / sum(w.parameter.numel() for w in self.weights)
+
+    def harden(self) -> None:
+        """Set what is cut to zero in the model itself, at the end of the training.
+
+        Raises:
+            RunError: a weight is not finite; nothing was changed.
+        """
+        self._refuse_not_finite()
+        found = self.masks()
+        with torch.no_grad():
+            for weight in self.weights:
+                mask = found[weight.name]
+                if not bool(mask.any()):
+                    mask = mask.clone()
+                    mask.view(-1)[int(weight.magnitude().argmax())] = True
+                    self.rescued = [*self.rescued, weight.name]
+                weight.parameter.mul_(weight.spread(mask))
+
+    def hardened(self) -> nn.Module:
+        """A copy of the model with zeros in it; the model stays as it is."""
+        before = [weight.parameter.detach().clone() for weight in self.weights]
+        try:
+            self.harden()
+            return copy.deepcopy(self.model)
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(self.weights, before, strict=True):
+                    weight.parameter.copy_(value)
+
+    def shrink(self, example: Any) -> Shrunk:
+        """A smaller model of plain modules without what is zero, as `fallow.sparsity.shrink` makes it.
+
+        The model and the run stay as they are, whatever happens.
+        """
+        from fallow.sparsity.shrink import shrink
+
+        return shrink(self.hardened(), example)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Time, controller, masks and the method's memory; `torch.load` takes it with ``weights_only``."""
+        masks = None if self._masks is None else dict(zip(self._names(), self._masks, strict=True))
+        return {
+            "time": self.time,
+            "factor": self._factor,
+            "masks": masks,
+            "rescued": list(self.rescued),
+            "method": self._method.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run with the same arguments was.
+
+        Raises:
+            UsageError: the state is of other weights; nothing is changed.
+        """
+        masks = state["masks"]
+        if masks is not None and [*masks] != self._names():
+            raise UsageError("the state is of a run with other weights: pass the same include and exclude")
+        self.time = check_count("time", state["time"])
+        self._factor, self.rescued = float(state["factor"]), list(state["rescued"])
+        self._masks = None
+        if masks is not None:
+            self._masks = [masks[w.name].to(w.parameter.device) for w in self.weights]
+        self._method.load(dict(state["method"]))
+
+    def _names(self) -> list[str]:
+        return [weight.name for weight in self.weights]
+
+    def __str__(self) -> str:
+        """A line for each weight: how many of its groups are left."""
+        lines = [f"{self.sparsity():.2%} of {len(self.weights)} weights zero after {self.time} steps"]
+        for weight, mask in zip(self.weights, self.masks().values(), strict=True):
+            kind = "" if weight.groups == "weights" else f" {weight.groups}"
+            lines.append(f"  {weight.name}: {int(mask.sum())} of {weight.count}{kind}")
+        for name in self.rescued:
+            lines.append(f"  {name} would be empty: one of its groups was kept")
+        return "\n".join(lines)
