@@ -1,5 +1,6 @@
 """Structured noise, one method a file."""
 
+from fallow.noise._handle import plain_state_dict
 from fallow.noise.dropblock import (
     DropBlock1d,
     DropBlock2d,
@@ -12,6 +13,7 @@ from fallow.noise.dropblock import (
 from fallow.noise.dropconnect import DropConnect, drop_connect, drop_connect_, drop_connect_mask
 from fallow.noise.feature_dropout import BlockDropout, FeatureDropout, block_dropout, feature_dropout
 from fallow.noise.stochastic_depth import StochasticDepth, stochastic_depth
+from fallow.noise.weight_dropout import WeightDropout, weight_dropout, weight_dropout_
 
 __all__ = [
     "BlockDropout",
@@ -21,6 +23,7 @@ __all__ = [
     "DropConnect",
     "FeatureDropout",
     "StochasticDepth",
+    "WeightDropout",
     "block_dropout",
     "drop_block1d",
     "drop_block2d",
@@ -30,5 +33,8 @@ __all__ = [
     "drop_connect_",
     "drop_connect_mask",
     "feature_dropout",
+    "plain_state_dict",
     "stochastic_depth",
+    "weight_dropout",
+    "weight_dropout_",
 ]

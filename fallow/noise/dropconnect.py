@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from fallow.errors import ArgumentError, UsageError, check_choice, check_count, check_rate, refuse_unknown
 from fallow.noise import _row_masks
-from fallow.noise._connected import DropConnect, check_names, check_row, dropped, masked
+from fallow.noise._attached import check_names
+from fallow.noise._connected import DropConnect, check_row, dropped, masked
 
 
 def drop_connect(
