@@ -79,13 +79,15 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     and depthwise convolutions, attention. It goes if, wherever channels are summed, either no kept output
     reads it (its outgoing weights are zero) or it is a constant :math:`c`, which is folded exactly,
     :math:`b \mathrel{+}= W_{:,j}\,c`, into the bias there or the running mean of the BatchNorm that follows.
-    Behind zero padding only :math:`c = 0` folds. The units that go are the largest set with this property,
-    so that one that is read by removed units alone goes too. Under LayerNorm and GroupNorm channels depend on
-    each other and stay.
+    Where neither takes it (behind zero padding :math:`c` meets fewer weights at the border) one constant
+    channel stays and carries the weights of the others, times their constants over its own. The units that
+    go are the largest set with this property, so that one that is read by removed units alone goes too. Under
+    LayerNorm and GroupNorm channels depend on each other and stay.
 
     The model is run once and followed operation by operation; what an operation without a rule reads, stays.
     Sizes that a forward takes from attributes of its module (``num_heads``) follow. The result is run beside
-    the dense model in float64; a part where they differ, or whose forward fixes its sizes, stays.
+    the dense model in float64; a part where they differ, or whose forward fixes its sizes, stays. What the
+    forward does must not depend on the values of its input, or other inputs may take another way.
 
     Args:
         model: trained, with its zeros in place; it is left as it is.
@@ -218,16 +220,21 @@ def _smaller(work: nn.Module, decision: Decision, plan: Plan) -> nn.Module:
 
 @torch.no_grad()
 def _fold(model: nn.Module, decision: Decision) -> None:
-    """Put the constants that go into the biases and running means behind them."""
+    """Put the constants that go into the biases, running means and carriers behind them."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for site in decision.record.sites:
-        if site.target is None:
-            continue
+    for number, site in enumerate(decision.record.sites):
         gone = torch.zeros(len(site.inside), dtype=torch.bool)
         inside = site.inside >= 0
         gone[inside] = decision.goes(site.inside[inside])
         constant = torch.where(gone, site.constant, 0.0).nan_to_num(0.0)
-        if bool((constant != 0).any()):
+        if not bool((constant != 0).any()):
+            continue
+        if site.target is not None and site.folds:
             tensor = tensors[site.target]
-            moved = tensor.double() + site.sign * (site.weight @ constant).to(tensor.device)
-            tensor.copy_(moved)
+            tensor.copy_(tensor.double() + site.sign * (site.weight @ constant).to(tensor.device))
+        elif site.matrix is not None and number in decision.carriers:
+            carrier, (name, dim) = decision.carriers[number], site.matrix
+            share = (constant / site.constant[carrier]).to(tensors[name].device)
+            weights = tensors[name].double().movedim(dim, -1)
+            column = weights[..., carrier] + weights @ share
+            tensors[name].select(dim, carrier).copy_(column)

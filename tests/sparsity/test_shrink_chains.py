@@ -268,3 +268,47 @@ def test_bad_arguments_are_refused_with_what_to_do() -> None:
         shrink(mlp(), torch.randn(1, 7))
     with pytest.raises(UsageError, match="nothing to shrink"):
         shrink(nn.ReLU(), torch.randn(1, 7))
+
+
+def test_of_constants_that_meet_padding_one_channel_carries_all() -> None:
+    net = lively(vgg()).double()
+    with torch.no_grad():
+        net[0].weight[[0, 2, 5]] = 0.0  # constants behind norm and ReLU, and not zero  # pyright: ignore
+        net[1].bias[[0, 2, 5]] = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)  # pyright: ignore
+        net[3].weight[[1, 6]] = 0.0  # pyright: ignore
+        net[4].bias[[1, 6]] = 1.5  # pyright: ignore
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    result = shrink(net, x)
+    assert shape(result.model, "3")[:2] == (7, 6) and shape(result.model, "7")[1] == 7
+    assert [(i.name, i.count) for i in result.left] == [("0", 1), ("3", 1)]
+    assert "adds it up differently from place to place" in reasons(result)["0"]
+    assert_same(net, result.model, x)
+    assert not shrink(result.model, x).removed
+
+
+def test_a_linear_layer_without_bias_has_its_constants_carried() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=False), nn.Tanh(), nn.Linear(3, 2))
+    net = lively(net).double()
+    with torch.no_grad():
+        net[0].weight[[1, 2, 4]] = 0.0  # pyright: ignore
+    x = torch.randn(5, 4, dtype=torch.float64)
+    result = shrink(net, x)
+    assert shape(result.model, "2") == (3, 4)
+    assert "has no bias that takes it" in reasons(result)["0"]
+    assert_same(net, result.model, x)
+
+
+def test_constants_that_differ_between_places_stay() -> None:
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) + self.b)
+
+    net = lively(Placed()).double()
+    deaden(net, "a", [1, 3])
+    result = shrink(net, torch.randn(2, 5, 4))
+    assert not result.removed
+    assert reasons(result)["a"] == "a constant that differs between positions where c reads it"

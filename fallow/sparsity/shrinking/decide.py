@@ -4,6 +4,9 @@ A unit is a set of tied labels. Start with all that are not frozen and take back
 one that a kept output still reads (with a weight that is not zero, and a value that is no constant that can
 be folded), and each one whose going would leave a tensor that is not rectangular, or empty.
 
+Constants that nothing takes (no bias; padding) are added up by one channel: a constant that stays carries the
+others' weights in proportion.
+
 A unit taken back only because of the shape of a tensor, which no kept output reads, becomes a blank: its
 place stays, but what it holds does not matter, so that its own inputs can still go.
 """
@@ -29,6 +32,7 @@ class Decision:
     gone: Tensor  # (roots,) bool
     blank: Tensor  # (roots,) bool: stays for its place alone
     why: dict[int, str] = field(default_factory=dict)
+    carriers: dict[int, int] = field(default_factory=dict)  # site -> the input that carries constants
 
     def goes(self, labels: Tensor) -> Tensor:
         """Whether each label goes."""
@@ -47,6 +51,7 @@ class _Solver:
         self.gone[list(self.why)] = False
         self.sites = [(s, self._roots(s.inside), self._roots(s.outside)) for s in record.sites]
         self.changed = False
+        self.carriers: dict[int, int] = {}
 
     def _roots(self, labels: Tensor) -> Tensor:
         return torch.where(labels >= 0, self.labels.roots(labels.clamp(min=0)), -1)
@@ -85,13 +90,32 @@ class _Solver:
         again = True
         while again:
             again = False
-            for site, inside, outside in self.sites:
+            for number, (site, inside, outside) in enumerate(self.sites):
                 reads = site.used[self.stays(outside)].any(0) & (inside >= 0)
                 at = inside.clamp(min=0)
-                bad = reads & ((self.gone[at] & ~_harmless(site)) | self.blank[at])
+                bad = reads & self.gone[at] & ~_harmless(site)
+                if site.matrix is not None:
+                    bad &= ~self._carried(number, bad, self.stays(inside))
+                bad |= reads & self.blank[at]
                 for i in bad.nonzero().flatten().tolist():
                     self.demote(int(inside[i]), _reason(site, i))
                     again = True
+
+    def _carried(self, number: int, bad: Tensor, stays: Tensor) -> Tensor:
+        """Which of the bad inputs a carrier takes; the first call that needs one chooses it."""
+        site = self.record.sites[number]
+        size = site.constant.abs().nan_to_num(0.0)
+        if number not in self.carriers:
+            if not bool((bad & (size > 0)).any()):
+                return torch.zeros_like(bad)
+            # one that stays anyway, unless it is so small that it would magnify rounding
+            best = int((size * stays).argmax())
+            if size[best] * stays[best] < 1e-2 * (size * bad).max():
+                best = int((size * bad).argmax())
+            self.carriers[number] = best
+        carried = bad & (size > 0)
+        carried[self.carriers[number]] = False
+        return carried
 
     def groups(self) -> None:
         """Grouped convolutions keep the same number in each group."""
@@ -175,7 +199,7 @@ class _Solver:
                 if self.changed:
                     break
             if not self.changed:
-                return Decision(self.record, self.gone, self.blank, self.why)
+                return Decision(self.record, self.gone, self.blank, self.why, self.carriers)
 
 
 def _full(mask: Tensor, dim: int) -> Tensor:
@@ -187,15 +211,16 @@ def _full(mask: Tensor, dim: int) -> Tensor:
 def _harmless(site: Site) -> Tensor:
     """Inputs that can go although they are read: zeros, and constants that something takes."""
     zero = site.constant == 0
-    return zero if site.target is None else zero | ~site.constant.isnan()
+    return zero | ~site.constant.isnan() if site.target is not None and site.folds else zero
 
 
 def _reason(site: Site, i: int) -> str:
     if not site.seen[i]:
         return f"read by {site.name}"
-    if not site.constant[i].isnan():
-        return f"a constant other than zero, and {site.name} has no bias to fold it into"
-    return f"a constant that differs between positions or meets padding in {site.name}"
+    if site.constant[i].isnan():
+        return f"a constant that differs between positions where {site.name} reads it"
+    why = "has no bias that takes it" if site.folds else "adds it up differently from place to place"
+    return f"a constant, and {site.name} {why}" + ("" if site.matrix is None else "; it carries all such")
 
 
 def decide(record: Record, extra: Mapping[int, str]) -> Decision:

@@ -17,6 +17,7 @@ class Info:
     layers: Layers
     known: Tensor | None = None
     leaf: str | None = None
+    turned: str | None = None  # the matrix that this is the transpose of
     stale: bool = False  # its memory was written through another view
 
 
@@ -29,9 +30,11 @@ class Site:
         weight: (O, I), summed over a kernel's positions.
         used: (O, I), whether any weight from i to o is not zero.
         inside, outside: labels of the I inputs and O outputs; -1 where there is none.
-        constant: (I,) the input's constant, NaN where it is none or cannot be folded.
+        constant: (I,) the input's constant, NaN where it is none.
+        folds: whether a constant adds the same everywhere (no padding, say), so that a bias can take it.
         seen: (I,) the input is known, though it may differ between positions.
         flat: (O,) the output is a constant as it is.
+        matrix: the name of the weights and their dimension of inputs, where nothing else reads them.
         target: the name of the bias or running mean that takes folded constants.
         sign: how it takes them: -1 for a running mean.
     """
@@ -44,7 +47,8 @@ class Site:
     constant: Tensor
     seen: Tensor
     flat: Tensor
-    leaf: str | None
+    folds: bool = True
+    matrix: tuple[str, int] | None = None
     target: str | None = None
     sign: float = 1.0
 

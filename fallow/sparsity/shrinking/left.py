@@ -61,7 +61,9 @@ def left_over(decision: Decision) -> list[Left]:
 
 def _why(decision: Decision, root: int, name: str, producers: dict[str, bool]) -> str:
     why = decision.why.get(root, "kept")
+    if not producers[name] and why.startswith("read by"):
+        return "goes only with channels of the same layer, as of an attention head, that are not constant"
     others = [other for other, flat in producers.items() if other != name and not flat]
-    if producers.get(name) and others and why.startswith("read by"):
+    if others and why.startswith("read by"):
         return f"tied to {others[0]}, which is not constant"
     return why

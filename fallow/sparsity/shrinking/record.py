@@ -158,6 +158,8 @@ class Recorder(TorchDispatchMode):
         for site in self.record.sites:
             if site.target is not None and self.record.reads[site.target] != 1:
                 site.target = None
+            if site.matrix is not None and self.record.reads[site.matrix[0]] != 1:
+                site.matrix = None
         for name, info in self.record.leaves.items():
             if not self.record.reads[name]:
                 self.freeze(info.layers, f"{name} is not used in the forward")

@@ -62,12 +62,14 @@ def _mm(step: Step, at: int, out: Tensor) -> tuple[Info, Site | None]:
     if constants.complete(b.known):
         layers, site = _summed(step, a, b, x.shape[1], (0, 1))
         if site is not None and b.known is not None:
-            _fill(step, site, b.known.t(), a.known, dim=1, foldable=True)
+            _fill(site, b.known.t(), a.known, dim=1)
+            site.matrix = (b.leaf, 0) if b.leaf else (b.turned, 1) if b.turned else None
         return Info(layers, known), site
     if constants.complete(a.known):  # the transposed product
         layers, site = _summed(step, b, a, x.shape[1], (1, 0))
         if site is not None and a.known is not None:
-            _fill(step, site, a.known, b.known, dim=0, foldable=False)
+            _fill(site, a.known, b.known, dim=0)
+            site.folds = False
         return Info(layers, known), site
     return Info(_batched(step, a.layers, b.layers, 0)), None
 
@@ -88,12 +90,10 @@ def _summed(
     else:
         recorder.freeze([i for i in (inside, reads) if i is not None], step.say(_FIXED))
     layers = [layer for layer in (along(x.layers, (keep,)), outside) if layer is not None]
-    return layers, _new_site(step, inside, outside, inner, weight.leaf)
+    return layers, _new_site(step, inside, outside, inner)
 
 
-def _new_site(
-    step: Step, inside: Tensor | None, outside: Tensor | None, inner: int, leaf: str | None
-) -> Site | None:
+def _new_site(step: Step, inside: Tensor | None, outside: Tensor | None, inner: int) -> Site:
     none = torch.full((inner,), -1)
     site = Site(
         name=step.recorder.place,
@@ -104,25 +104,23 @@ def _new_site(
         constant=torch.empty(0),
         seen=torch.empty(0),
         flat=torch.empty(0),
-        leaf=leaf,
     )
     step.recorder.record.sites.append(site)
     return site
 
 
-def _fill(step: Step, site: Site, matrix: Tensor, known: Tensor | None, *, dim: int, foldable: bool) -> None:
+def _fill(site: Site, matrix: Tensor, known: Tensor | None, *, dim: int) -> None:
     """Put the numbers into a site: (O, I) weights, and what of x is constant."""
     site.weight = matrix.detach().double().cpu()
     site.used = site.weight != 0
-    _complete_site(site, known, dim, foldable)
+    _complete_site(site, known, dim)
 
 
-def _complete_site(site: Site, known: Tensor | None, dim: int, foldable: bool) -> None:
+def _complete_site(site: Site, known: Tensor | None, dim: int) -> None:
     outputs, inputs = site.used.shape
     if site.outside.numel() == 0:
         site.outside = torch.full((outputs,), -1)
-    constant, site.seen = constants.uniform(known, dim, inputs)
-    site.constant = constant if foldable else torch.where(constant == 0, constant, constants.NAN)
+    site.constant, site.seen = constants.uniform(known, dim, inputs)
 
 
 @rule("convolution _convolution")
@@ -155,7 +153,7 @@ def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
             labels.tie(layer.reshape(-1), outside.reshape(-1))  # pyright: ignore[reportOptionalMemberAccess]
         if not bias.layers and outside is not None and outside.numel() > 1:
             recorder.freeze([outside], step.say("is added to a tensor of fixed size"))
-    site = _new_site(step, inside, outside, x_channels(step), weight.leaf)
+    site = _new_site(step, inside, outside, x_channels(step))
     known = None
     if bias is None or known_bias is not None:
         known = constants.convolution(step.tensors[0], x.known, weight.known, known_bias, rest)
@@ -164,8 +162,10 @@ def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
         matrix = matrix.transpose(0, 1) if transposed else matrix
         site.weight = _dense(matrix.sum(2), groups)
         site.used = _dense((matrix != 0).any(2), groups)
-        # At a zero-padded border a constant meets fewer weights, so nothing but zero can be folded there.
-        _complete_site(site, x.known, 1, not transposed and not any(step.args[4]))
+        _complete_site(site, x.known, 1)
+        # at a zero-padded border a constant meets fewer weights
+        site.folds = not transposed and not any(step.args[4])
+        site.matrix = (weight.leaf, lead[1]) if weight.leaf and groups == 1 else None
         site.target = None if bias is None else bias.leaf
         _flat(site, known, out[0], 1)
         recorder.site_of[id(out[0])] = site

@@ -35,12 +35,19 @@ def note_sizes(step: Step, layers: Layers, sizes: Any) -> None:
             step.recorder.record.sized.append(Sized(step.recorder.where, layer, d, sizes[d]))
 
 
-@rule("permute transpose t unsqueeze")
+@rule("permute transpose unsqueeze")
 def _turned(step: Step, out: list[Tensor]) -> list[Info]:
     turn = getattr(torch.ops.aten, step.name)
     layers = [turn(layer, *step.args[1:], **step.kwargs) for layer in step.infos[0].layers]
     known = step.infos[0].known
     return [Info(layers, None if known is None else turn(known, *step.args[1:], **step.kwargs))]
+
+
+@rule("t")
+def _transposed(step: Step, out: list[Tensor]) -> list[Info]:
+    (info,) = _turned(step, out)
+    info.turned = step.infos[0].leaf
+    return [info]
 
 
 @rule("squeeze")
