@@ -1,7 +1,8 @@
-"""The compiled library: built on first use with the compiler of torch's extensions, kept, and done without."""
+"""The compiled library: built on first use as torch's extensions are, kept, and done without."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -15,14 +16,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import torch
 
 _SOURCE = Path(__file__).with_name("dropblock.cpp")
-_COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
+_COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-ffp-contract=off")
 # Tried in this order: what the compiler knows of the processor and of threads differs.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _TIMEOUT = 60.0  # seconds for all of them together
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _OFF = ("0", "off", "false", "no")
 
 _log = logging.getLogger("fallow")
@@ -45,52 +51,63 @@ class Availability:
         return self.used
 
 
+class State:
+    """What this process has: nothing yet, the library and the dtypes it takes, or why there is none."""
+
+    library: ctypes.CDLL | None = None
+    codes: ClassVar[dict[torch.dtype, int]] = {}
+    reason: str = ""
+    asked: bool = False
+    paused: int = 0
+
+
 def available() -> Availability:
     """Whether this process uses the compiled kernels, and why not; builds them if nothing has yet.
 
-    They are built once for a compiler and processor, in a second or two, at the first call that gains from
-    them: with ``$CXX``, else ``c++``, into ``$TORCH_EXTENSIONS_DIR/fallow``, else ``$XDG_CACHE_HOME/fallow``
-    (``~/.cache/fallow``). Where that fails, and under ``FALLOW_KERNELS=0``, the same results come from torch's
-    own operations. No kernel changes a result.
+    They are built once for a compiler and processor, in a few seconds, at the first call that gains from it:
+    with ``$CXX``, else ``c++``, into ``$TORCH_EXTENSIONS_DIR/fallow``, else ``$XDG_CACHE_HOME/fallow``
+    (``~/.cache/fallow``). Where that fails, and under ``FALLOW_KERNELS=0``, which is looked at once, the same
+    results come from torch's own operations.
 
     Examples:
         >>> bool(available()) == (available().reason == "")
         True
     """
-    if switched_off():
-        return Availability(False, f"FALLOW_KERNELS={os.environ['FALLOW_KERNELS']} switches them off")
-    found = library()
-    return Availability(found is not None, "" if found is not None else _Loaded.reason)
+    if State.paused:
+        return Availability(False, "fallow.kernels.plain() is in force")
+    return Availability(library() is not None, State.reason)
 
 
-def switched_off() -> bool:
-    """Whether the environment says so now."""
-    return os.environ.get("FALLOW_KERNELS", "").lower() in _OFF
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Torch's own operations in place of the compiled kernels, in all threads, for comparisons.
 
-
-class _Loaded:
-    """What this process has: nothing yet, the library, or the reason why there is none."""
-
-    library: ctypes.CDLL | None = None
-    reason: str = ""
-
-
-def ready() -> bool:
-    """Whether `library` has its answer without building."""
-    return _Loaded.library is not None or bool(_Loaded.reason)
+    Examples:
+        >>> with plain():
+        ...     bool(available())
+        False
+    """
+    State.paused += 1
+    try:
+        yield
+    finally:
+        State.paused -= 1
 
 
 def library() -> ctypes.CDLL | None:
     """The library, built and loaded at the first call; None for the rest of the process if that fails."""
-    if not ready():
+    if not State.asked:
         with _lock:
-            if not ready():
+            if not State.asked:
                 try:
-                    _Loaded.library = _load_or_build()
+                    State.library = _load_or_build()
+                    takes = State.library.fallow_dropblock_takes
+                    State.codes = {dtype: code for dtype, code in _DTYPES.items() if takes(code)}
                 except Exception as error:  # whatever it is, the plain form does the work
-                    _Loaded.reason = f"{error}" or type(error).__name__
-                    _log.debug("no compiled kernels: %s", _Loaded.reason)
-    return _Loaded.library
+                    State.reason = f"{error}" or type(error).__name__
+                    _log.debug("no compiled kernels: %s", State.reason)
+                State.asked = True
+    return State.library
 
 
 class _CannotBuild(Exception):
@@ -98,6 +115,8 @@ class _CannotBuild(Exception):
 
 
 def _load_or_build() -> ctypes.CDLL:
+    if (wish := os.environ.get("FALLOW_KERNELS", "")).lower() in _OFF:
+        raise _CannotBuild(f"FALLOW_KERNELS={wish} switches them off")
     compiler = _compiler()
     folder = _folder()
     path = folder / f"dropblock-{_key(compiler)}.so"
@@ -130,12 +149,11 @@ def _load_or_build() -> ctypes.CDLL:
 def _load(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.fallow_dropblock_takes.argtypes = [ctypes.c_int32]
-    pointer = ctypes.c_void_p
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.fallow_dropblock.argtypes = [
-        *(pointer, pointer, pointer, ctypes.c_uint64),
-        *(pointer, pointer, ctypes.c_double, pointer, pointer, ctypes.c_int64),
+        *(pointer, pointer, ctypes.c_double, ctypes.c_uint64),
+        *(pointer, pointer, ctypes.c_double, pointer, pointer, number, number),
     ]
-    found.fallow_dropblock.restype = None
     return found
 
 

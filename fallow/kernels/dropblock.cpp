@@ -3,10 +3,12 @@
 //
 // Rounding is that of torch's `x * scalar`: once, to nearest even, half types by way of float.
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -22,6 +24,7 @@ struct Spec {
     int64_t cells[3];  // of each axis, 1 for those it lacks
     int64_t block, disjoint;
     int64_t group;    // maps that one task handles
+    int64_t large;    // the result does not fit into the last cache
     int64_t classes;  // of cells; `table` has, for each, first position, step, width and number of its columns
 };
 
@@ -116,6 +119,39 @@ void select<Half>(const uint16_t* x, const uint16_t* keep, uint16_t* out, int64_
 }
 #endif
 
+// One line of the cache, written past it: where a result does not fit, a line that is written as a whole need
+// not be read first. Half types are not faster for it.
+#if defined(__AVX__)
+inline void past(const float* x, const float* keep, float* out, float factor) {
+    __m256 all = _mm256_set1_ps(factor);
+    for (int i = 0; i < 16; i += 8) {
+        __m256 product = _mm256_mul_ps(_mm256_loadu_ps(x + i), all);
+        _mm256_stream_ps(out + i, _mm256_and_ps(product, _mm256_loadu_ps(keep + i)));
+    }
+}
+
+inline void past(const double* x, const double* keep, double* out, double factor) {
+    __m256d all = _mm256_set1_pd(factor);
+    for (int i = 0; i < 8; i += 4) {
+        __m256d product = _mm256_mul_pd(_mm256_loadu_pd(x + i), all);
+        _mm256_stream_pd(out + i, _mm256_and_pd(product, _mm256_loadu_pd(keep + i)));
+    }
+}
+
+inline void fence() { _mm_sfence(); }
+
+template <class T>
+constexpr bool has_past = sizeof(typename T::Bits) >= 4;
+#else
+template <class Wide>
+void past(const Wide*, const Wide*, Wide*, Wide) {}
+
+inline void fence() {}
+
+template <class T>
+constexpr bool has_past = false;
+#endif
+
 // --- blocks -----------------------------------------------------------------------------------------------
 
 // Division by the same number again and again. Lemire, Kaser, Kurz: Faster remainder by direct computation.
@@ -142,36 +178,84 @@ struct Block {
     uint32_t map, low[3], high[3];
 };
 
-// The seeds of a key. They are numbered through all classes; each number gives a uniform one (splitmix64), that
-// a cell of its class: (column, map, cells of the other axes), where maps are those of all tasks. In order, what
-// is kept of a cell is its column with its class above, and its map and other axes within its task below.
+// Number i of a key's sequence: splitmix64.
+inline uint64_t number(uint64_t key, int64_t i) {
+    uint64_t z = key + uint64_t(i) * 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+}
+
+// Poisson numbers from numbers 0, -1, -2 and so on, term by term as fallow/noise/_counts.py has them.
+struct Poisson {
+    uint64_t key;
+    int64_t i = 0;
+
+    double uniform() { return (double(number(key, i--) >> 11) + 0.5) * 0x1p-53; }
+
+    static double log_factorial(int64_t n) {
+        double shift = 1, k = double(n);
+        while (k < 16) {
+            k += 1;
+            shift *= k;
+        }
+        double r = 1 / k;
+        double series = r * (1. / 12 - r * r * (1. / 360 - r * r * (1. / 1260 - r * r / 1680)));
+        return (k + 0.5) * log(k) - k + 0.9189385332046727 + series - log(shift);
+    }
+
+    int64_t operator()(double mean) {
+        if (mean < 10) {
+            int64_t count = 0;
+            double product = uniform(), least = exp(-mean);
+            for (; product > least; count++) product *= uniform();
+            return count;
+        }
+        double b = 0.931 + 2.53 * sqrt(mean), a = -0.059 + 0.02483 * b;
+        while (true) {
+            double u = uniform() - 0.5, v = uniform(), us = 0.5 - fabs(u);
+            double count = floor((2 * a / us + b) * u + mean + 0.43);
+            if (us >= 0.07 && v <= 0.9277 - 3.6224 / (b - 2)) return int64_t(count);
+            if (count < 0 || (us < 0.013 && v > us)) continue;
+            double height = log(v * (1.1239 + 1.1328 / (b - 3.4)) / (a / (us * us) + b));
+            if (height <= count * log(mean) - mean - log_factorial(int64_t(count))) return int64_t(count);
+        }
+    }
+};
+
+// The seeds of a key. They are numbered through all classes, from 1; each number gives a cell of its class:
+// (column, map, cells of the other axes), where maps are those of all tasks. In order, what is kept of a cell is
+// its class and column above, and its map and other axes within its task below.
 struct Seeds {
     const Spec& spec;
     const int64_t* table;
-    const int64_t* counts;
     uint64_t key;
     Divisor depth, height, width, columnwise, taskwise;
+    int64_t kinds, count = 0, counts[256];
 
-    Seeds(const Spec& s, const int64_t* t, const int64_t* c, uint64_t k, int64_t per)
-        : spec(s), table(t), counts(c), key(k), depth(s.cells[0]), height(s.cells[1]), width(tabled(s)),
+    Seeds(const Spec& s, const int64_t* t, double intensity, uint64_t k, int64_t per)
+        : spec(s), table(t), key(k), depth(s.cells[0]), height(s.cells[1]), width(tabled(s)),
           columnwise(s.cells[0] * s.cells[1] * tabled(s) * s.rows * (s.shared ? 1 : s.channels)),
-          taskwise(s.cells[0] * s.cells[1] * tabled(s) * per) {}
+          taskwise(s.cells[0] * s.cells[1] * tabled(s) * per), kinds(s.classes ? s.classes : 1) {
+        Poisson poisson{key};
+        for (int64_t kind = 0; kind < kinds; kind++) {
+            count += counts[kind] = poisson(double(span(kind)) * intensity);
+        }
+    }
+
+    // Cells of a class.
+    uint64_t span(int64_t kind) const { return columnwise.base * (spec.classes ? table[4 * kind + 3] : 1); }
 
     // Cells of the last axis that count like those of the others.
     static int64_t tabled(const Spec& s) { return s.classes > 0 ? 1 : s.cells[2]; }
 
     template <class Visit>
     void each(Visit visit) const {
-        uint64_t state = key;
-        for (int64_t kind = 0; kind < (spec.classes ? spec.classes : 1); kind++) {
-            uint64_t columns = spec.classes ? table[4 * kind + 3] : 1;
-            double span = double(columns * columnwise.base) * 0x1p-53;
+        int64_t index = 0;
+        for (int64_t kind = 0; kind < kinds; kind++) {
+            double cells = double(span(kind)) * 0x1p-53;
             for (int64_t i = 0; i < counts[kind]; i++) {
-                uint64_t z = state += 0x9e3779b97f4a7c15;
-                z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-                z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-                z ^= z >> 31;
-                uint32_t column = uint32_t(double(z >> 11) * span);
+                uint32_t column = uint32_t(double(number(key, ++index) >> 11) * cells);
                 uint32_t rest = columnwise.digit(column), task = taskwise.of(rest);
                 uint64_t high = uint64_t(kind) << 24 | column;
                 visit(task, high << 32 | (rest - task * uint32_t(taskwise.base)));
@@ -240,6 +324,28 @@ void erase(Bits* map, const Spec& spec, const Block& block, int64_t stride) {
         }
     };
     int64_t width = block.high[2] - block.low[2];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    // Blocks that a border cuts are many on small maps. Lines are as many as in whole ones and each is one store
+    // with a mask, so that no branch depends on where a block lies.
+    int64_t widest = (spec.block < spec.size[2] ? spec.block : spec.size[2]) * sizeof(Bits);
+    if (stride == 1 && widest <= 64) {
+        int64_t tallest = spec.block < spec.size[1] ? spec.block : spec.size[1];
+        int64_t last = block.high[1] - block.low[1] - 1, step = spec.size[2] * sizeof(Bits);
+        uint64_t mask = ~uint64_t(0) >> (64 - width * sizeof(Bits));
+        for (int64_t d = block.low[0]; d < block.high[0]; d++) {
+            char* line = (char*)(map + (d * spec.size[1] + block.low[1]) * spec.size[2] + block.low[2]);
+            for (int64_t h = 0; h < tallest; h++) {
+                char* p = line + (h < last ? h : last) * step;
+                if (widest <= 32) {
+                    _mm256_mask_storeu_epi8(p, __mmask32(mask), _mm256_setzero_si256());
+                } else {
+                    _mm512_mask_storeu_epi8(p, mask, _mm512_setzero_si512());
+                }
+            }
+        }
+        return;
+    }
+#endif
     if (stride == 1) {
         wipe(lines, width * sizeof(Bits));
     } else {
@@ -255,11 +361,12 @@ template <class T>
 struct Pass {
     using Bits = typename T::Bits;
     using Wide = typename T::Wide;
+    static constexpr int64_t line = 64 / sizeof(Bits);
     const Spec& spec;
     const Bits* x;
     Bits* out;
     Wide factor;
-    Seeds seeds;
+    const Seeds& seeds;
     const uint64_t* order;  // seeds, those of a task one after the other
     const uint32_t* first;  // of each task
     const uint8_t* keep;    // a mask in place of seeds
@@ -304,9 +411,33 @@ struct Pass {
                 erase(bits, spec, seeds.block(order[i]), 1);
             }
         }
-        for (int64_t c = task * spec.channels; c < (task + 1) * spec.channels; c++) {
-            select<T>(x + c * area, bits, out + c * area, area, factor);
+        int64_t begin = task * spec.channels * area, end = begin + spec.channels * area;
+        if constexpr (has_past<T>) {
+            if (spec.large && area >= line) {
+                begin = lines(begin, end, bits);
+            }
         }
+        for (int64_t many; begin < end; begin += many) {
+            int64_t at = begin % area;
+            many = end - begin < area - at ? end - begin : area - at;
+            select<T>(x + begin, bits + at, out + begin, many, factor);
+        }
+    }
+
+    // Past the cache, line by line: they need not begin and end where channels do. Returns where it stops.
+    int64_t lines(int64_t begin, int64_t end, Bits* bits) const {
+        memcpy(bits + area, bits, line * sizeof(Bits));
+        int64_t start = begin + int64_t(-(uintptr_t)(out + begin) & 63) / int64_t(sizeof(Bits));
+        if (start > end) return begin;
+        select<T>(x + begin, bits, out + begin, start - begin, factor);
+        int64_t at = (start - begin) % area;
+        for (begin = start; begin + line <= end; begin += line) {
+            past((const Wide*)(x + begin), (const Wide*)(bits + at), (Wide*)(out + begin), factor);
+            at += line;
+            if (at >= area) at -= area;
+        }
+        fence();
+        return begin;
     }
 
     // The same where channels are last: positions are runs of memory.
@@ -343,29 +474,46 @@ struct Pass {
 };
 
 struct Call {
-    const int64_t *spec, *table, *counts;
+    const int64_t *spec, *table;
+    double intensity;
     uint64_t key;
     const void* x;
     void* out;
     double factor;
     const uint8_t* keep;
     char* scratch;
-    int64_t threads;
+    int64_t room, threads;
 };
 
 template <class T>
-void run(const Call& call) {
+void work(const Call& call, const Seeds& seeds, int64_t tasks, int64_t area, char* scratch);
+
+template <class T>
+int32_t run(const Call& call) {
+    const Spec& spec = *(const Spec*)call.spec;
+    bool rows = spec.channels_last || spec.shared;
+    int64_t area = spec.size[0] * spec.size[1] * spec.size[2];
+    int64_t tasks = rows ? spec.rows : (spec.rows * spec.channels + spec.group - 1) / spec.group;
+    int64_t per = !rows ? spec.group : spec.shared ? 1 : spec.channels;
+    Seeds seeds(spec, call.table, call.keep ? 0 : call.intensity, call.key, per);
+    int64_t local = spec.shared ? call.threads * (area * sizeof(typename T::Bits) + 64) : 0;
+    int64_t need = 8 * seeds.count + 4 * (tasks + 2) + 64 + local;
+    alignas(8) char near[1 << 14];
+    void* more = need > call.room && need > int64_t(sizeof near) ? malloc(need) : nullptr;
+    if (need > call.room && need > int64_t(sizeof near) && !more) return 1;
+    work<T>(call, seeds, tasks, area, more ? (char*)more : need <= call.room ? call.scratch : near);
+    free(more);
+    return 0;
+}
+
+template <class T>
+void work(const Call& call, const Seeds& seeds, int64_t tasks, int64_t area, char* scratch) {
     using Bits = typename T::Bits;
     const Spec& spec = *(const Spec*)call.spec;
     bool rows = spec.channels_last || spec.shared;
-    int64_t area = spec.size[0] * spec.size[1] * spec.size[2], count = 0;
-    int64_t tasks = rows ? spec.rows : (spec.rows * spec.channels + spec.group - 1) / spec.group;
-    int64_t per = !rows ? spec.group : spec.shared ? 1 : spec.channels;
-    for (int64_t i = 0; !call.keep && i < (spec.classes ? spec.classes : 1); i++) count += call.counts[i];
-    uint64_t* order = (uint64_t*)call.scratch;
-    uint32_t* first = (uint32_t*)(order + count);
+    uint64_t* order = (uint64_t*)scratch;
+    uint32_t* first = (uint32_t*)(order + seeds.count);
     Bits* local = (Bits*)(((uintptr_t)(first + tasks + 2) + 63) & ~(uintptr_t)63);
-    Seeds seeds(spec, call.table, call.counts, call.key, per);
     if (!call.keep) {  // a counting sort; counts begin two places on, so that filling leaves first[task] right
         memset(first, 0, (tasks + 2) * sizeof(uint32_t));
         seeds.each([&](uint32_t task, uint64_t) { first[task + 2]++; });
@@ -378,13 +526,13 @@ void run(const Call& call) {
                 : !spec.channels_last ? &Pass<T>::row
                 : spec.shared         ? &Pass<T>::runs
                                       : &Pass<T>::scattered;
-    int64_t threads = call.threads;
 #if defined(_OPENMP)
+    int64_t threads = call.threads;
     if (threads > 1) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t part = 0; part < threads; part++) {
             for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; task++) {
-                (pass.*work)(task, local + part * area);
+                (pass.*work)(task, local + part * (area + Pass<T>::line));
             }
         }
         return;
@@ -406,12 +554,13 @@ int32_t fallow_dropblock_takes(int32_t dtype) {
 #endif
 }
 
-// Seeds where `keep` is null. `scratch` has 8 bytes a seed, 4 a task and 2 tasks more, 64 more, and an element
-// for every position and thread. Maps times cells of all axes are below 2^32, the columns of a class below 2^24.
-void fallow_dropblock(const int64_t* spec, const int64_t* table, const int64_t* counts, uint64_t key,
-                      const void* x, void* out, double factor, const uint8_t* keep, void* scratch,
-                      int64_t threads) {
-    Call call{spec, table, counts, key, x, out, factor, keep, (char*)scratch, threads};
+// Zeros in the blocks of the seeds or, with `keep`, where it is 0. `scratch` has `room` bytes; best 8 a seed, 4 a
+// task, 128 more, and for every thread, with a shared mask, an element for every position and 64 bytes. Maps
+// times cells of all axes are below 2^32, the columns of a class below 2^24, classes below 2^8. 0 if all is well.
+int32_t fallow_dropblock(const int64_t* spec, const int64_t* table, double intensity, uint64_t key,
+                         const void* x, void* out, double factor, const uint8_t* keep, void* scratch,
+                         int64_t room, int64_t threads) {
+    Call call{spec, table, intensity, key, x, out, factor, keep, (char*)scratch, room, threads};
     switch (((const Spec*)spec)->dtype) {
         case 0: return run<Float>(call);
         case 1: return run<Double>(call);
@@ -420,5 +569,6 @@ void fallow_dropblock(const int64_t* spec, const int64_t* table, const int64_t* 
         case 3: return run<Half>(call);
 #endif
     }
+    return 1;
 }
 }

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fallow.kernels import Geometry
+from fallow.noise import _counts
 
 # Rows of blocks written at a time where the tensor is small; more of them in large tensors.
 _RUNS = 1 << 16
@@ -42,7 +45,7 @@ class Columns:
     offset: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The cells of a tensor's maps and the survival rate.
 
@@ -116,7 +119,8 @@ class Grid:
         """The same for the compiled kernel."""
         parts = () if self.few else self.columns
         classes = tuple((part.offset, part.step, part.width, part.count) for part in parts)
-        return Geometry(self.sizes, tuple(map(self.axis, self.sizes)), self.block, self.disjoint, classes)
+        cells = tuple(map(self.axis, self.sizes))
+        return Geometry(self.sizes, cells, self.block, self.disjoint, classes, self.intensity)
 
     @functools.cached_property
     def chunks(self) -> list[tuple[int, int]]:
@@ -149,56 +153,46 @@ def grid_of(shape: tuple[int, ...], block: int, disjoint: bool, rate: float) -> 
     return Grid(shape[2:], block, disjoint, rate, shape[0] * shape[1])
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """Seeds of some maps: how many, and the key that their cells are made of.
+class Seeds(NamedTuple):
+    """Seeds of so many maps, and the key that their numbers and cells are made of."""
 
-    Attributes:
-        counts: seeds of each of `Grid.columns`.
-        planes: maps they lie in.
-        key: see `cells`.
-    """
-
-    counts: tuple[int, ...]
     planes: int
     key: int
 
 
-def draw(grid: Grid, planes: int, device: torch.device, generator: torch.Generator | None) -> Seeds:
+def draw(planes: int, generator: torch.Generator | None) -> Seeds:
     """Seeds of that many maps; without a generator, of the default CPU generator.
 
-    Two numbers a draw, whatever there is to drop: a backward needs no memory for them, and a tensor on another
-    device does not wait.
+    One number, however many seeds: a backward needs no memory for them, the CPU does not wait for another
+    device, and where a tensor fills the caches each operation of torch less is felt.
     """
-    host = generator.device if generator is not None else torch.device("cpu")
-    means = _spans(grid, grid.few, planes, host)[1]
-    counts = tuple(map(int, torch.poisson(means, generator).tolist()))
-    key = int(torch.empty((), dtype=torch.long, device=host).random_(generator=generator))
-    return Seeds(counts, planes, key)
+    host = "cpu" if generator is None else generator.device
+    return Seeds(planes, int(torch.randint(1 << 62, (1,), generator=generator, device=host).item()))
+
+
+def counts(grid: Grid, seeds: Seeds) -> list[int]:
+    """How many seeds each of the columns has."""
+    numbers = _counts.uniforms(seeds.key)
+    return [_counts.poisson(span * grid.intensity, numbers) for span in _spans(grid, seeds.planes)]
 
 
 def cells(grid: Grid, seeds: Seeds, device: torch.device) -> Tensor:
     """The cells, those of each of the columns one after the other: ``floor(n u)`` of n, with u of 53 bits.
 
-    Seed i takes its u from number i of splitmix64 with the key as its state, in whole numbers of 64 bits that
-    wrap around, so that every device and the compiled kernel have the same. Cells are numbered (column, map,
+    Seed i, from 1, takes its u from number i of the key's sequence (`_counts`), in integers of 64 bits
+    that wrap around: every device has the same, and the compiled kernel. Cells are numbered (column, map,
     cell of the other axes), the columns in the order of their classes.
-
-    References:
-        Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014).
     """
-    z = (
-        torch.arange(1, sum(seeds.counts) + 1, device=device)
-        .mul_(_signed(0x9E3779B97F4A7C15))
-        .add_(seeds.key)
-    )
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    each = counts(grid, seeds)
+    z = torch.arange(1, sum(each) + 1, device=device)
+    z.mul_(_signed(_counts.STEP)).add_(seeds.key)
+    for shift, factor in _counts.MIX:
         z.bitwise_xor_(_shifted(z, shift)).mul_(_signed(factor))
     u = _shifted(z.bitwise_xor_(_shifted(z, 31)), 11).double()
-    found, begin, low = [], 0, 0
-    for count, span in zip(seeds.counts, _spans(grid, grid.few, seeds.planes, device)[0], strict=True):
-        found.append(u[begin : begin + count].mul_(span * 2.0**-53).long().add_(low))
-        begin, low = begin + count, low + span
+    found, low = [], 0
+    for part, span in zip(u.split(each), _spans(grid, seeds.planes), strict=True):
+        found.append(part.mul_(span * 2.0**-53).long().add_(low))
+        low += span
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -213,12 +207,10 @@ def _shifted(number: Tensor, bits: int) -> Tensor:
 
 
 @functools.lru_cache(64)
-def _spans(grid: Grid, few: bool, planes: int, host: torch.device) -> tuple[list[int], Tensor]:
-    """Cells of each of the columns in that many maps, and their mean numbers of seeds."""
+def _spans(grid: Grid, planes: int) -> list[int]:
+    """Cells of each of the columns in that many maps."""
     others = planes * math.prod(map(grid.axis, grid.tabled))
-    spans = [others * part.count for part in grid.columns]
-    with torch.inference_mode(False):
-        return spans, torch.tensor([n * grid.intensity for n in spans], dtype=torch.float64, device=host)
+    return [others * part.count for part in grid.columns]
 
 
 def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float = 0) -> None:
@@ -231,15 +223,16 @@ def erase(target: Tensor, grid: Grid, seeds: Seeds, first: int = 0, value: float
         first: the number of the map that the seeds call 0.
         value: what to write.
     """
-    if any(seeds.counts):
-        write(target, grid, cells(grid, seeds, target.device), seeds.counts, seeds.planes, first, value)
+    each = counts(grid, seeds)
+    if any(each):
+        write(target, grid, cells(grid, seeds, target.device), each, seeds.planes, first, value)
 
 
 def write(
     target: Tensor,
     grid: Grid,
     numbers: Tensor,
-    counts: tuple[int, ...],
+    each: Sequence[int],
     planes: int,
     first: int = 0,
     value: float = 0,
@@ -247,7 +240,7 @@ def write(
     """`erase` for cells that are known."""
     stride, begin = target.stride(), 0
     runs = _runs(target, grid, numbers, planes, first)
-    for part, count in zip(grid.columns, counts, strict=True):
+    for part, count in zip(grid.columns, each, strict=True):
         # a run's start, then its positions one after the other, wherever the run starts
         length = target.numel() - (part.width - 1) * stride[-1]
         view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
@@ -318,14 +311,14 @@ def _tables(
 def paint(target: Tensor, grid: Grid, generator: torch.Generator | None, value: float = 0) -> Tensor:
     """Write `value` into the blocks of a fresh draw, and return the contiguous target."""
     if target.numel() and grid.sparse:
-        erase(target, grid, draw(grid, grid.planes, target.device, generator), value=value)
+        erase(target, grid, draw(grid.planes, generator), value=value)
         return target
     for first, count in grid.chunks if target.numel() else ():
         if grid.dense:
             mask = dilated(grid, count, target.device, generator)
             target.view(-1, *grid.sizes)[first : first + count].masked_fill_(mask, value)
         else:
-            erase(target, grid, draw(grid, count, target.device, generator), first, value)
+            erase(target, grid, draw(count, generator), first, value)
     return target
 
 

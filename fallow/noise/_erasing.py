@@ -29,7 +29,7 @@ def _differentiated(x: Tensor) -> bool:
 
 
 def _scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
-    out = drop_seeds(x, factor, grid.geometry, seeds.planes, seeds.counts, seeds.key)
+    out = drop_seeds(x, factor, grid.geometry, seeds.planes, seeds.key)
     if out is not None:
         return out
     if seeds.planes != x.shape[0] * x.shape[1]:

@@ -23,6 +23,7 @@ _KEYWORDS = (
     "generator",
     "schedule",
 )
+_GRIDS, _NORMALISERS = ("sliding", "disjoint"), ("expected", "realised")
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 
@@ -210,7 +211,7 @@ def _drop(
         return (x * (1 / p)).masked_fill(dropped, 0)
     cells = _grid(shape, block, grid, p)
     if cells.sparse and normalise == "expected":
-        return _erasing.scaled(x, 1 / p, cells, _blocks.draw(cells, cells.planes, x.device, generator))
+        return _erasing.scaled(x, 1 / p, cells, _blocks.draw(cells.planes, generator))
     kept = _blocks.paint(torch.ones(shape, dtype=torch.bool, device=x.device), cells, generator)
     factor = 1 / p if normalise == "expected" else kept.numel() / max(int(kept.sum()), 1)
     return _erasing.masked(x, factor, kept)
@@ -223,8 +224,11 @@ def _grid(shape: Sequence[int], block: int, grid: str, p: float) -> Grid:
 def _checked(
     name: str, survival_rate: float | None, block_size: int | None, grid: str, normalise: str
 ) -> tuple[float, int]:
-    check_choice("grid", grid, ("sliding", "disjoint"))
-    check_choice("normalise", normalise, ("expected", "realised"))
+    if type(survival_rate) is float and type(block_size) is int and 0 < survival_rate <= 1 and block_size > 0:
+        if grid in _GRIDS and normalise in _NORMALISERS:  # the checks below cost as much as small tensors
+            return survival_rate, block_size
+    check_choice("grid", grid, _GRIDS)
+    check_choice("normalise", normalise, _NORMALISERS)
     if survival_rate is None:
         raise ArgumentError(f"{name} needs survival_rate, the probability in (0, 1] that a position is kept")
     if block_size is None:
