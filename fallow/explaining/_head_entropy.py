@@ -17,6 +17,8 @@ from fallow.explaining._head_squared import as_blocks
 from fallow.penalties import jensen_bound, quadratic_surrogate
 
 _GROUPS = 64  # of equal weights; where there are more, the forms are left out
+_AT_ONCE = 1 << 24  # shares of features in logits
+_TOO_MANY = 1 << 34  # of them in all, each of which the bound takes a logarithm
 
 
 def quadratic_form(head: Head, noise: HeadNoise) -> float | None:
@@ -27,7 +29,7 @@ def quadratic_form(head: Head, noise: HeadNoise) -> float | None:
     """
     total = 0.0
     for reading in head.readings:
-        groups = _groups(reading)
+        groups = _groups(reading, head.weight)
         if groups is None:
             return None
         for weight, rows in groups:
@@ -49,14 +51,16 @@ def _of_weights(head: Head, features: Tensor, noise: HeadNoise) -> Tensor:
 
 
 def jensen(head: Head, noise: HeadNoise) -> float | None:
-    """Jensen's bound of the penalty; None where there is none: for other laws than those of equal blocks."""
+    """Jensen's bound of the penalty; None for other laws than independent blocks, and where it is dear."""
+    if sum(len(r.features) for r in head.readings) * head.weight.numel() > _TOO_MANY:
+        return None
     like = None if noise.weights else as_blocks(noise.scheme, head.weight.shape[1], exactly=True)
     if like is None:
         return None
     rate, size = like
     total = 0.0
     for reading in head.readings:
-        groups = _groups(reading)
+        groups = _groups(reading, head.weight)
         if groups is None:
             return None
         for weight, rows in groups:
@@ -75,13 +79,14 @@ def jensen(head: Head, noise: HeadNoise) -> float | None:
     return total
 
 
-def _groups(reading: Reading) -> Iterator[tuple[float, Tensor]] | None:
-    """Rows of equal weight, with that weight and the batch's share in it."""
+def _groups(reading: Reading, weight: Tensor) -> Iterator[tuple[float, Tensor]] | None:
+    """Rows of equal weight, with that weight and the batch's share in it; not too many at once."""
     w = reading.curvature.weights[0].double().reshape(len(reading.features))
     # weights are fitted to a product with the Hessian: equal ones are so to the root of the precision
     unit = float(w.amax()) * 1e-6
     levels, which = torch.round(w / unit).unique(return_inverse=True)
     if len(levels) > _GROUPS:
         return None
-    found = [(which == i).nonzero()[:, 0] for i in range(len(levels)) if float(levels[i]) > 0]
-    return ((reading.share * float(w[rows].mean()), rows) for rows in found)
+    alike = [(which == i).nonzero()[:, 0] for i in range(len(levels)) if float(levels[i]) > 0]
+    size = max(_AT_ONCE // weight.numel(), 1)
+    return ((reading.share * float(w[rows].mean()), part) for rows in alike for part in rows.split(size))

@@ -21,6 +21,7 @@ class HeadOptimum:
             as disjoint blocks do.
         minimum: the least value in closed form; no network can be below, and those of a width from
             ``reachable_width`` on reach it where their features can be anything.
+        best_head: the least value with the features as they are, by the head alone; None: too wide for it.
         gamma: weight of the squared spectral norm.
         beta: weight of the squared Frobenius norm beside it.
         block_size: r, in features.
@@ -37,6 +38,7 @@ class HeadOptimum:
     objective: float
     bound: float | None
     minimum: float
+    best_head: float | None
     gamma: float
     beta: float
     block_size: int
@@ -75,7 +77,7 @@ class HeadExplanation:
         monte_carlo: E loss(masked head) - loss.
         monte_carlo_error: its standard error over the draws.
         share: penalty (the exact one where there is one, else by Monte Carlo) over loss and penalty.
-        kappa: least weight of the predictions' square, of the characteristic matrix.
+        kappa: least weight of the predictions' square (`fallow.penalties.kappa`); None: too wide for it.
         effective_rank: nuclear over spectral norm of the predictions without the bias.
         optimum: distance to the global minimum, for a quadratic loss and laws that have a closed form.
         notes: what to make of it.
@@ -97,7 +99,7 @@ class HeadExplanation:
     monte_carlo: float
     monte_carlo_error: float
     share: float | None
-    kappa: float
+    kappa: float | None
     effective_rank: float
     optimum: HeadOptimum | None
     notes: tuple[str, ...]
@@ -134,7 +136,8 @@ class HeadExplanation:
         lines += [f"{name:<24}{with_error(v, error)}" for name, v, error in rows if v is not None]
         if self.share is not None:
             lines.append(f"{'share of the loss':<24}{100 * self.share:.3g} %")
-        lines.append(f"{'kappa':<24}{self.kappa:.4g}")
+        if self.kappa is not None:
+            lines.append(f"{'kappa':<24}{self.kappa:.4g}")
         lines.append(f"{'effective rank':<24}{self.effective_rank:.4g}")
         lines += [] if self.optimum is None else self._optimum(self.optimum)
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
@@ -147,6 +150,8 @@ class HeadExplanation:
         ]
         if best.bound is not None:
             lines.append(f"{'lower bound':<24}{best.bound:.6g} by duality, from this head alone")
+        if best.best_head is not None:
+            lines.insert(1, f"{'least of any head':<24}{best.best_head:.6g} on these features")
         for name, values in (("singular values", best.spectrum), ("of the minimiser", best.optimal_spectrum)):
             more = " ..." if len(values) > _LEADING else ""
             lines.append(f"{name:<24}" + " ".join(f"{v:.4g}" for v in values[:_LEADING]) + more)

@@ -24,6 +24,7 @@ from fallow.schemes import Blocks, Gaussian, Layer, Scheme, Units
 from fallow.surgery import probe
 
 _WIDEST = 4096  # inputs of more numbers a row are not decomposed
+_WIDEST_HEAD = 2048  # nor is a system of more equations solved
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def optimum(found: Squares, scheme: Scheme, inputs: Tensor | None) -> HeadOptimu
         objective=found.factor * objective + found.constant,
         bound=None if bound is None else found.factor * bound + found.constant,
         minimum=found.factor * best.value + found.constant,
+        best_head=_best_head(found, scheme),
         gamma=best.gamma,
         beta=best.beta,
         block_size=best.block_size,
@@ -167,6 +169,19 @@ def optimum(found: Squares, scheme: Scheme, inputs: Tensor | None) -> HeadOptimu
         optimal_spectrum=tuple(best.spectrum.double().tolist()),
         linear=inputs is not None,
     )
+
+
+def _best_head(found: Squares, scheme: Scheme) -> float | None:
+    """The least of the objective over weight and bias, a ridge regression by the scheme's matrix."""
+    g, y = found.features, found.targets
+    if g.shape[1] > _WIDEST_HEAD:
+        return None
+    noise = scheme.characteristic_matrix(g.shape[1]).to(g) * (g.T @ g)
+    if found.bias is not None:
+        g, y = g - g.mean(0), y - y.mean(0)
+    weight = torch.linalg.pinv(g.T @ g + noise, hermitian=True) @ (g.T @ y)
+    value = (y - g @ weight).square().sum() + (noise @ weight * weight).sum()
+    return found.factor * float(value) + found.constant
 
 
 def as_blocks(scheme: Scheme, width: int, *, exactly: bool = False) -> tuple[float, int] | None:

@@ -101,7 +101,8 @@ def explain(
         granularity: as in `fallow.sites`.
         include: as in `fallow.sites`; other sites are kept throughout.
         exclude: as in `fallow.sites`.
-        head: name of the last linear layer, or its `HeadPenalty`; None: found, if noise feeds it.
+        head: name of the last linear layer, or its `HeadPenalty`; None: found, if noise feeds it and its
+            outputs are not very many.
         scheme: law of the masks in front of it (`fallow.schemes`); None: that of the noise found there.
         max_batches: how many batches to take at most.
         seed: of masks and labels.

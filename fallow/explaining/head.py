@@ -23,10 +23,11 @@ from fallow.explaining._head_readings import Head, monte_carlo, read
 from fallow.explaining._head_result import HeadExplanation, HeadOptimum
 from fallow.feed import LossFunction, Pair, pairs, rows_of
 from fallow.penalties import HeadPenalty, effective_rank, kappa
-from fallow.schemes import Scheme
+from fallow.schemes import Blocks, Correlated, Scheme
 from fallow.surgery.decide import check_seed
 
-_DEAR = 1 << 40  # products that nobody asked for
+_DEAR = 1 << 36  # products that nobody asked for
+_WIDE = 2048  # a matrix of more rows is not decomposed for one number
 
 
 def explain_head(
@@ -164,12 +165,17 @@ def measured(
         monte_carlo=drawn,
         monte_carlo_error=error,
         share=penalty / (head.loss + penalty) if head.loss + penalty > 0 else None,
-        kappa=kappa(noise.scheme, module.in_features),
+        kappa=_kappa(noise.scheme, module.in_features),
         effective_rank=effective_rank(head.predictions),
         optimum=best,
         notes=tuple(notes(head, noise, best, missing)),
         settings={"batches": len(found), "seed": seed, "torch": torch.__version__},
     )
+
+
+def _kappa(scheme: Scheme, width: int) -> float | None:
+    dense = isinstance(scheme, Correlated) or (isinstance(scheme, Blocks) and scheme.grid == "sliding")
+    return None if dense and width > _WIDE else kappa(scheme, width)
 
 
 def _optimum(model: nn.Module, found: Sequence[Pair], name: str, noise: HeadNoise, head: Head) -> HeadOptimum:

@@ -74,6 +74,7 @@ def table(head: Any) -> Table:
     ]
     optimum = [
         ("objective, loss and penalty", "objective"),
+        ("least of any head on these features", "best_head"),
         ("global minimum, closed form", "minimum"),
         ("lower bound, by duality", "bound"),
     ]

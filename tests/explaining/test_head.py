@@ -214,6 +214,27 @@ def test_samples_that_weigh_differently_have_their_own_minimum_where_there_is_no
     assert biased.optimum is None and "no distance to the global minimum" in str(biased)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", CLOSED, ids=str)
+def test_the_best_head_on_these_features_is_what_descent_on_the_head_alone_finds(scheme, bias):
+    model, x, y = net(bias=bias), inputs(), numbers()
+    first = explain_head(model, F.mse_loss, [(x, y)], scheme=scheme, draws=2).optimum
+    features, head = model[:2](x).detach(), model[3]
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = (y - head(features)).square().sum() + omega(head.weight, features, scheme)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    last = explain_head(model, F.mse_loss, [(x, y)], scheme=scheme, draws=2).optimum
+    assert last.objective == pytest.approx(first.best_head, rel=1e-6)
+    assert last.best_head == pytest.approx(first.best_head, rel=1e-12)
+    assert first.minimum < first.best_head < first.objective
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("outer", [True, False])
 def test_linear_networks_are_told_from_others_biases_or_none(hidden, outer):
@@ -430,6 +451,43 @@ def test_models_without_one_last_linear_layer_are_refused():
         explain_head(Two(), lambda o, t: F.mse_loss(o[1], t), batch, head="one", scheme=Units(0.5))
     with pytest.raises(ArgumentError, match="model must be a torch.nn.Module, got str"):
         explain_head("resnet", F.mse_loss, batch)
+
+
+def test_without_noise_there_is_no_penalty_and_nothing_to_be_above():
+    found = explain_head(net(), F.mse_loss, [(inputs(), numbers())], scheme=Units(1.0), draws=2)
+    assert (found.exact, found.monte_carlo, found.share) == (0, 0, 0)
+    assert found.optimum.minimum == pytest.approx(0, abs=1e-12)
+    assert any("there is no noise" in note for note in found.notes)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_features_that_are_all_zero_have_no_penalty():
+    model = net(nn.Dropout(0.5))
+    model[0].weight.data.zero_()
+    model[0].bias.data.fill_(-1)
+    for loss, y in ((F.mse_loss, numbers()), (F.cross_entropy, labels())):
+        found = explain_head(model, loss, [(inputs(), y)])
+        assert found.monte_carlo == 0 == found.penalty and found.effective_rank == 0
+        assert "head 3" in str(found)
+
+
+def test_wide_heads_leave_out_what_would_take_long(monkeypatch):
+    from fallow.explaining import _head_entropy, _head_squared, head
+
+    model, batch = net(nn.Dropout(0.5)), [(inputs(), labels())]
+    whole = explain_head(model, F.cross_entropy, batch, draws=2)
+    monkeypatch.setattr(_head_entropy, "_AT_ONCE", 50)
+    parts = explain_head(model, F.cross_entropy, batch, draws=2)
+    assert parts.quadratic == pytest.approx(whole.quadratic, rel=1e-12)
+    assert parts.jensen == pytest.approx(whole.jensen, rel=1e-12)
+    monkeypatch.setattr(_head_entropy, "_TOO_MANY", 50)
+    assert explain_head(model, F.cross_entropy, batch, draws=2).jensen is None
+    monkeypatch.setattr(head, "_WIDE", 4)
+    monkeypatch.setattr(_head_squared, "_WIDEST_HEAD", 4)
+    found = explain_head(model, F.mse_loss, [(inputs(), numbers())], draws=2, scheme=Blocks(0.5, 4))
+    assert found.optimum.best_head is None and found.kappa is not None and "least of any" not in str(found)
+    sliding = explain_head(model, F.cross_entropy, batch, draws=2, scheme=Blocks(0.5, 4, "sliding"))
+    assert sliding.kappa is None and "kappa" not in str(sliding)
 
 
 # --- what it gives -----------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def example_head() -> dict[str, Any]:
             "objective": 0.75,
             "bound": 0.5,
             "minimum": 0.6,
+            "best_head": 0.7,
             "above": 0.25,
             "spectrum": [9.0, 4.0, 2.0, 0.5],
             "optimal_spectrum": [6.0, 5.0, 2.0],
