@@ -27,7 +27,7 @@ from fallow.explaining._outputs import OutputLoss
 from fallow.explaining._result import Explanation, of_head
 from fallow.explaining._summary import summary
 from fallow.explaining.head import head_beside
-from fallow.feed import LossFunction, inputs_of, pairs
+from fallow.feed import LossFunction, pairs
 from fallow.penalties import HeadPenalty
 from fallow.schemes import Scheme
 from fallow.surgery import handle_of, probe
@@ -180,7 +180,7 @@ def _within(rates: Rates, chosen: Mapping[str, Any], taps: Taps) -> Rates:
 
 def _batch_dims(taps: Taps, inputs: Any, loss: OutputLoss) -> list[int | None]:
     """Which dimension of each tensor of a point is the batch: the one that follows the number of rows."""
-    args, kwargs = probe.arguments(inputs_of(inputs))
+    args, kwargs = probe.arguments(inputs)
     shapes = []
     for rows in probe.ROWS:
         tiled_args, tiled = probe.tiled(args, kwargs, rows)

@@ -287,6 +287,27 @@ def test_outputs_may_be_any_tree_of_tensors(form, logits):
     assert found.totals.regulariser > 0
 
 
+class Paired(nn.Module):
+    """Takes two positional arguments, which a pair of them must not be taken for inputs and target."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.net(x + shift)
+
+
+def test_a_model_may_take_two_positional_arguments():
+    net, (x, target) = fitted("cross_entropy"), data("cross_entropy")
+    rates = {f"net.{n}": p for n, p in RATES.items()}
+    options = {"rates": rates, **QUICK}
+    whole = explain(Wrapped(net, "tuple"), lambda o, t: F.cross_entropy(o[0], t), [(x, target)], **options)
+    pair = explain(Paired(net), F.cross_entropy, [((x - 1, torch.ones_like(x)), target)], **options)
+    assert pair.mode == "row"
+    assert pair.totals.regulariser == pytest.approx(whole.totals.regulariser, rel=1e-9)
+
+
 def test_dict_batches_go_whole_to_model_and_loss():
     net, (x, target) = fitted("cross_entropy"), data("cross_entropy")
     rates = {f"net.{n}": p for n, p in RATES.items()}
