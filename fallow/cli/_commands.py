@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
-from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from fallow._version import __version__
-from fallow.cli import _examine, _shelf
+from fallow.cli import _examine, _shelf, _sparsify
+from fallow.cli._flags import given_options, print_line, with_flags
 from fallow.errors import UsageError
 from fallow.recipes import show, train
 from fallow.recipes._config import Config
+from fallow.recipes._sparse_config import SparseConfig
 from fallow.report import write_report
 
 app = typer.Typer(
@@ -69,71 +68,27 @@ def _train(**given: Any) -> None:
 
     Without options: the bundled digits, ResNet-56, three quarters of the compute; a few minutes on two cores.
     """
-    context, out, resumed = given.pop("context"), given.pop("out"), given.pop("resume")
-    options = {name: value for name, value in given.items() if value is not None and value != []}
+    context, out, resumed, options = given_options(given)
     console = show.console()
-    progress = show.Live(console) if console.is_terminal else show.Lines(_line)
+    progress = show.Live(console) if console.is_terminal else show.Lines(print_line)
     if resumed is not None:
-        if options or out is not None:
-            name = next(iter(options), "out").replace("_", "-")
-            raise UsageError(f"--resume continues a run with its own options: leave out --{name}")
         folder = train.resume(resumed, show=progress)
     else:
         command = shlex.join(context.obj)
         folder = train.train(Config.of(options), out, show=progress, command=command)
     show.print_table(train.read_results(folder), console)
-    _line(f"run     {folder}")
-    _line(f"report  {write_report(folder)}")
+    print_line(f"run     {folder}")
+    print_line(f"report  {write_report(folder)}")
 
 
-def _line(text: str) -> None:
-    print(text, flush=True)
+app.command("train")(with_flags(_train, Config, "runs/DATA-MODEL-N"))
 
 
-def _train_signature() -> inspect.Signature:
-    """A flag for every field of `Config`, so that none is forgotten and each reaches its place."""
-    hints = get_type_hints(Config)
-    flags = [
-        _flag("out", Path | None, "Folder of the run, new or empty [runs/DATA-MODEL-N]."),
-        _flag("resume", Path | None, "Folder of a run to continue from its last checkpoint."),
-    ]
-    for item in fields(Config):
-        text = item.metadata["help"]
-        default = item.default
-        if isinstance(default, (str, float, int)) and not isinstance(default, bool):
-            text = f"{text.removesuffix('.')} [{default}]."
-        flags.append(_flag(item.name, _flag_type(hints[item.name]), text))
-    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    return inspect.Signature([context, *flags])
-
-
-def _flag(name: str, kind: Any, text: str) -> inspect.Parameter:
-    spelt = "--" + name.replace("_", "-")
-    names = f"{spelt}/--no-{name.replace('_', '-')}" if kind == bool | None else spelt
-    option = typer.Option(names, help=text, show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
-    )
-
-
-def _flag_type(hint: Any) -> Any:
-    """None for "not said", lists for tuples, and text where a field also takes a mapping."""
-    if get_origin(hint) is tuple:
-        return list[str] | None
-    if get_origin(hint) in (Union, UnionType):
-        return get_args(hint)[0] | None
-    return hint | None
-
-
-_train.__signature__ = _train_signature()  # type: ignore[attr-defined]
-_train.__annotations__ = {p.name: p.annotation for p in _train.__signature__.parameters.values()}  # type: ignore[attr-defined]
-app.command("train")(_train)
-
-
-# --- plan, explain ---------------------------------------------------------------------------------------
+# --- plan, explain, sparsify, reproduce ------------------------------------------------------------------
 
 app.command("plan")(_examine.plan)
 app.command("explain")(_examine.explain)
+app.command("sparsify")(with_flags(_sparsify.sparsify, SparseConfig, "runs/DATA-MODEL-sparse-N"))
 app.command("reproduce")(_shelf.reproduce)
 
 

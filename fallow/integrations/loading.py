@@ -41,9 +41,9 @@ def load_model(
     """The model of a name, on the CPU.
 
     Args:
-        name: one of `fallow.models.MODELS`; timm:NAME; torchvision:NAME, a classifier; hf:CONFIG, where
-            CONFIG is a local folder or config.json, a model type or a configuration class; or the folder of
-            a run.
+        name: one of `fallow.models.MODELS` or `FEEDFORWARD`; timm:NAME; torchvision:NAME, a classifier;
+            hf:CONFIG, where CONFIG is a local folder or config.json, a model type or a configuration class;
+            or the folder of a run.
         classes: outputs. A language model has its own.
         channels: of the images; torchvision's models and transformers' configurations have their own
             (`channels_taken`).
@@ -90,14 +90,13 @@ def _make(name: str, classes: int, channels: int, image: int | tuple[int, int]) 
 
 
 def _own(name: str, classes: int, channels: int, image: int | tuple[int, int]) -> nn.Module:
-    if name not in models.MODELS:
+    known = {**models.MODELS, **models.FEEDFORWARD}
+    if name not in known:
         if (Path(name).expanduser() / _CONFIG).is_file():
             raise UsageError(f"{name} is not the folder of a run: for one of transformers say hf:{name}")
-        listed = (
-            f"{', '.join(models.MODELS)}, {', '.join(s + 'NAME' for s in SOURCES)} or the folder of a run"
-        )
+        listed = f"{', '.join(known)}, {', '.join(s + 'NAME' for s in SOURCES)} or the folder of a run"
         source, colon, _ = name.partition(":")
-        close = nearest(source + colon, SOURCES if colon else models.MODELS)
+        close = nearest(source + colon, SOURCES if colon else known)
         hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"the model must be {listed}, got {name}{hint}")
     return models.build(name, classes=classes, channels=channels, image=image)

@@ -1,0 +1,145 @@
+"""What a sparsification is asked to do: every option, its default, and the checks that need no data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fallow.data import NAMES
+from fallow.errors import ArgumentError, UsageError, check_choice, check_count, nearest
+from fallow.models import FEEDFORWARD, MODELS
+from fallow.penalties.registry import NAMES as PENALTIES
+from fallow.penalties.registry import penalty
+from fallow.recipes._config import device_of, option
+from fallow.sparsity.control import CONTROLS, target_of
+from fallow.sparsity.methods import METHODS
+
+OPTIMISERS = ("adam", "sgd")
+MAGNITUDE = "magnitude"
+_LISTED = f"{', '.join((*FEEDFORWARD, *MODELS))}, timm:NAME, torchvision:NAME or the folder of a run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Every option of `fallow sparsify`; the command line has a flag of the same name for each."""
+
+    data: str = option(f"Data set: {', '.join(NAMES)}.", "digits")
+    data_dir: str | None = option("Folder that holds the data set's files.")
+    train_size: int | None = option("Keep this many training images, drawn class by class.")
+    image_size: int | None = option("Side to which the images of an imagefolder are brought [32].")
+    model: str = option(f"Model: {_LISTED}.", "lenet300")
+    weights: str | None = option("Local .safetensors or .pt file to begin with [random; the run's].")
+    strategy: str = option(
+        f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(PENALTIES)}.",
+        "logsum",
+    )
+    strength: float = option("What the penalty is multiplied by.", 1e-3)
+    method: str = option(f"How it acts: {', '.join(METHODS)}.", "gradient")
+    groups: str = option("What lives or dies together: weights, outputs, inputs, heads or N:M.", "weights")
+    target: float | None = option("Share of the weights to be zero [what the survival rates say].")
+    control: str = option(f"How a target is reached: {' or '.join(CONTROLS)}.", "ramp")
+    ramp_begin: float = option("Part of the training at which the ramp begins.", 0.1)
+    ramp_end: float = option("Part of the training at which the target is reached.", 0.7)
+    cut: float = option("Without a target: the survival rate below which a weight is zero.", 0.05)
+    include: tuple[str, ...] = option("Only weights that match this pattern; may be repeated.", ())
+    exclude: tuple[str, ...] = option("Leave out weights that match this pattern; may be repeated.", ())
+    epochs: int = option("Passes over the training images.", 20)
+    batch_size: int = option("Images to a step.", 128)
+    optimiser: str = option("adam or sgd, with a learning rate that falls linearly to zero.", "adam")
+    learning_rate: float | None = option("First learning rate [adam 0.001, sgd 0.05].")
+    weight_decay: float = option("Weight decay.", 0.0)
+    augment: bool = option("Shift, and where the set allows it flip, the training images.", False)
+    channels_last: bool = option("channels_last memory format.", False)
+    device: str = option("auto, cpu, cuda or cuda:N.", "auto")
+    threads: int | None = option("CPU threads [what torch takes].")
+    seed: int = option("Seed of everything that is drawn.", 0)
+    checkpoint_every: int | None = option("Steps between checkpoints [each epoch].")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SparseConfig:
+        """A configuration from names and values; lists become tuples, unknown names are refused."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = nearest(name, known)
+                hint = f"; did you mean {close}?" if close else ""
+                raise ArgumentError(f"a sparsification has no option {name}{hint}")
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def settled(self) -> SparseConfig:
+        """The same with everything said and checked, as far as that needs no data and no model.
+
+        Raises:
+            UsageError: a value or a combination that cannot be.
+        """
+        rate = {"adam": 1e-3, "sgd": 0.05}.get(self.optimiser)
+        full = replace(
+            self,
+            data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            device=device_of(self.device),
+        )
+        _check(full)
+        return full
+
+    def penalty(self) -> Any:
+        """The strategy as `fallow.sparsify` takes it; of a configuration that was checked."""
+        return self.strategy if self.strategy == MAGNITUDE else strategy_of(self.strategy)
+
+
+def strategy_of(text: str) -> Any:
+    """A penalty from ``NAME`` or ``NAME:KEY=VALUE,...``.
+
+    Raises:
+        UsageError: an unknown name or parameter, or a value that it cannot have.
+
+    Examples:
+        >>> strategy_of("logsum:eps=0.5")
+        LogSum(eps=0.5)
+    """
+    name, _, rest = text.partition(":")
+    values: dict[str, float] = {}
+    for part in rest.split(",") if rest else ():
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+.\deE]+)\s*", part)
+        if found is None:
+            raise UsageError(f"--strategy takes NAME:KEY=VALUE,... with numbers, got {part!r} in {text!r}")
+        values[found[1]] = float(found[2])
+    return penalty(name, **values)
+
+
+def _check(config: SparseConfig) -> None:
+    """Refuse single values that cannot be, each by the name of its flag."""
+    if config.data not in NAMES:
+        check_choice("--data", config.data, NAMES)
+    check_choice("--method", config.method, METHODS)
+    check_choice("--control", config.control, CONTROLS)
+    check_choice("--optimiser", config.optimiser, OPTIMISERS)
+    for name, least in {"epochs": 1, "batch_size": 2, "threads": 1, "checkpoint_every": 1, "seed": 0}.items():
+        value = getattr(config, name)
+        if value is not None:
+            check_count("--" + name.replace("_", "-"), value, least)
+    for name in ("strength", "learning_rate", "weight_decay"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} must be a number of at least 0, got {value}")
+    if not 0 <= config.cut < 1:
+        raise UsageError(f"--cut must be a survival rate in [0, 1), got {config.cut}")
+    if config.target is not None:
+        target_of(config.target, 1, config.control, config.ramp_begin, config.ramp_end, None)
+    if config.strategy == MAGNITUDE and config.target is None and ":" not in config.groups:
+        raise UsageError(
+            f"--strategy {MAGNITUDE} needs --target, the share of weights to be zero: nothing else says how "
+            "many go"
+        )
+    config.penalty()
