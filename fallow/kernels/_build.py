@@ -212,10 +212,12 @@ def _compile(command: list[str], deadline: float) -> str:
         )
         try:
             code = process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)  # its children too, which do the work
             process.wait()
-            raise _CannotBuild(f"{command[0]} took more than {_TIMEOUT:g} s") from None
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise _CannotBuild(f"{command[0]} took more than {_TIMEOUT:g} s") from None
+            raise
         said.seek(0)
         words = said.read(2000).decode(errors="replace").strip()
     return "" if code == 0 else words or f"exit status {code}"
