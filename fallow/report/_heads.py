@@ -33,7 +33,7 @@ def headline(head: Any) -> str:
         return "What noise in front of the head penalises was not measured."
     share = get(head, "share")
     of = "" if number(share) is None else f", {_words.percent(share, 1)} of the loss under it"
-    said = f"Noise in front of {get(head, 'name')} adds {_words.plain(value)} to the loss{of}"
+    said = f"Noise in front of the head adds {_words.plain(value)} to the loss{of}"
     above = get(head, "optimum", "above")
     if number(above) is None:
         return f"{said}."
@@ -62,7 +62,8 @@ def tiles(head: Any) -> tuple[Tile, ...]:
 
 def table(head: Any) -> Table:
     """Everything but the spectra."""
-    rows = [("noise", str(get(head, "scheme"))), ("found", str(get(head, "source")))]
+    rows = [("head", "name"), ("noise", "scheme"), ("found", "source")]
+    rows = [(title, str(get(head, key))) for title, key in rows]
     rows += [("loss without the noise", _words.plain(get(head, "loss"), ".6g"))]
     forms = [(f"penalty, {name}", get(head, form), None) for form, (name, _) in FORMS.items()]
     forms += [(f"penalty, {MONTE_CARLO}", get(head, "monte_carlo"), get(head, "monte_carlo_error"))]
@@ -85,7 +86,7 @@ def table(head: Any) -> Table:
     ]
     if number(get(head, "optimum", "above")) is not None:
         rows.append(("objective, at most", f"{_distance(get(head, 'optimum', 'above'))} the minimum"))
-    return Table(f"Noise in front of {get(head, 'name')}", ("measure", "value"), tuple(rows))
+    return Table("Noise in front of the head", ("measure", "value"), tuple(rows))
 
 
 def _with_error(value: Any, error: Any) -> str:

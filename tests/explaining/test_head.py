@@ -167,6 +167,26 @@ def test_one_that_was_trained_on_the_objective_arrives_there():
     assert after.minimum == pytest.approx(before.minimum, rel=1e-12)
 
 
+def test_a_linear_network_trained_with_dropblock_shows_its_distance_to_the_global_optimum():
+    x = torch.randn(40, 6)
+    y = x @ torch.randn(6, OUT) + 0.3 * torch.randn(40, OUT)
+    noise = BlockDropout(survival_rate=0.7, block_size=4)
+    model = nn.Sequential(nn.Linear(6, 16, bias=False), noise, nn.Linear(16, OUT, bias=False))
+    before = fallow.explain(model, F.mse_loss, [(x, y)]).head
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 1000)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        decay.step()
+    after = fallow.explain(model, F.mse_loss, [(x, y)]).head
+    assert before.scheme == after.scheme == str(Blocks(0.7, 4)) and after.optimum.linear
+    assert before.optimum.above > 1 and after.optimum.above < 0.02
+    assert after.optimum.minimum == pytest.approx(before.optimum.minimum, rel=1e-6)
+    assert after.optimum.spectrum[:OUT] == pytest.approx(after.optimum.optimal_spectrum[:OUT], rel=0.1)
+
+
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(reduction="sum")])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scheme", CLOSED, ids=str)

@@ -33,12 +33,13 @@ def test_a_head_alone_has_its_own_headline_tiles_table_and_figures(tmp_path):
     page = page_of(alone(), tmp_path)
     outline = Outline(page)
     for words in (
-        "Noise in front of fc adds 0.25 to the loss, 33.3\u00a0% of the loss under it; ",
+        "Noise in front of the head adds 0.25 to the loss, 33.3\u00a0% of the loss under it; ",
         "the objective is at most 25.00\u00a0% above the global minimum.",
         "0.2\u00a0±\u00a00.02",
         "global minimum 0.6",
         "at block size 8 DropBlock is more than Dropout here",
         "drop (BlockDropout)",
+        "fc",
     ):
         assert words in outline.text
     assert re.findall(r'<svg[^>]*id="run-1-(\w+)"', page) == ["head", "spectrum"]
@@ -48,7 +49,7 @@ def test_a_head_alone_has_its_own_headline_tiles_table_and_figures(tmp_path):
 def test_beside_sites_it_comes_after_them(tmp_path):
     page = page_of(both(), tmp_path)
     text = Outline(page).text
-    assert text.index("Stochastic depth adds") < text.index("Noise in front of fc adds")
+    assert text.index("Stochastic depth adds") < text.index("Noise in front of the head adds")
     assert re.findall(r'<svg[^>]*id="run-1-(\w+)"', page) == ["penalties", "sums", "head", "spectrum"]
     assert "penalty, exact" in text and "group3.2" in text
 
