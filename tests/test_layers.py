@@ -19,6 +19,7 @@ FLOORS = {
     "fallow.schedules": 1,
     "fallow.masks": 1,
     "fallow.rows": 1,
+    "fallow.special": 1,
     "fallow.schemes": 1,
     "fallow.feed": 1,
     "fallow.saved": 2,

@@ -13,6 +13,7 @@ from fallow.noise.dropblock import (
 from fallow.noise.dropconnect import DropConnect, drop_connect, drop_connect_, drop_connect_mask
 from fallow.noise.feature_dropout import BlockDropout, FeatureDropout, block_dropout, feature_dropout
 from fallow.noise.stochastic_depth import StochasticDepth, stochastic_depth
+from fallow.noise.variational import VariationalNoise, molchanov_kl, variational_
 from fallow.noise.weight_dropout import WeightDropout, weight_dropout, weight_dropout_
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DropConnect",
     "FeatureDropout",
     "StochasticDepth",
+    "VariationalNoise",
     "WeightDropout",
     "block_dropout",
     "drop_block1d",
@@ -33,8 +35,10 @@ __all__ = [
     "drop_connect_",
     "drop_connect_mask",
     "feature_dropout",
+    "molchanov_kl",
     "plain_state_dict",
     "stochastic_depth",
+    "variational_",
     "weight_dropout",
     "weight_dropout_",
 ]

@@ -25,7 +25,7 @@ class Attached:
     """
 
     words: ClassVar[str] = "noise"
-    extra: ClassVar[str] = ""  # what the names of learned parameters of its own end with
+    extra: str = ""  # what the names of learned parameters of its own end with
 
     def __init__(
         self, module: nn.Module, names: tuple[str, ...], generator: torch.Generator | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -29,15 +29,23 @@ class Handle:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found = {
-            name: (noise, own) for name, noise, own in attached(model) if isinstance(noise, self.kind)
-        }
+        self._found: dict[str, tuple[Any, str]] = {}
+        for name, noise, own in attached(model):  # a layer that has two names is here under its first
+            if isinstance(noise, self.kind) and (noise, own) not in self._found.values():
+                self._found[name] = (noise, own)
 
     @classmethod
     def of(cls: type[Own], model: nn.Module) -> Own | None:
         """The noise of this kind on a model or one of its parts, on a copy for instance; None without."""
         handle = cls(model)
         return handle if handle._found else None
+
+    @classmethod
+    def holding(cls: type[Own], model: nn.Module, layers: Sequence[Attached]) -> Own:
+        """The noise of just these layers."""
+        handle = cls(model)
+        handle._found = {name: pair for name, pair in handle._found.items() if pair[0] in layers}
+        return handle
 
     @property
     def names(self) -> list[str]:

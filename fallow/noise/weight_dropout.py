@@ -152,7 +152,6 @@ class WeightDropout(Handle):
             checked[name] = check_rates(name, rates, weight.shape).to(device=weight.device, dtype=wide)
         for name, rates in checked.items():
             noise, own = self._found[name]
-            assert isinstance(noise, _Masked)
             noise.take(own, rates)
 
     @torch.no_grad()
@@ -282,8 +281,7 @@ def weight_dropout_(
     sites = placed("weight_dropout_", module, names)
     layers = [_Masked(site, own, kind, shared, generator) for site, own in sites]
     try:
-        handle = WeightDropout(module)
-        handle._found = {name: pair for name, pair in handle._found.items() if pair[0] in layers}
+        handle = WeightDropout.holding(module, layers)
         handle.rates = rates
     except Exception:
         for layer in layers:
