@@ -14,49 +14,134 @@ from fallow.errors import (
     SiteError,
     UsageError,
 )
-from fallow.noise import StochasticDepth, stochastic_depth
 from fallow.surgery import Handle, Report, Site, Sites, apply, handle_of, sites
 
 if TYPE_CHECKING:
-    from fallow import explaining, planning
-    from fallow.explaining import Explanation, SignalGrowth, explain, signal_growth
+    from fallow import explaining, noise, penalties, planning, schemes, sparsity
+    from fallow.explaining import (
+        Explanation,
+        HeadExplanation,
+        SignalGrowth,
+        explain,
+        explain_head,
+        signal_growth,
+    )
+    from fallow.noise import (
+        BlockDropout,
+        DropBlock1d,
+        DropBlock2d,
+        DropBlock3d,
+        DropPath,
+        FeatureDropout,
+        StochasticDepth,
+        block_dropout,
+        drop_block1d,
+        drop_block2d,
+        drop_block3d,
+        drop_connect,
+        drop_connect_,
+        drop_path,
+        feature_dropout,
+        stochastic_depth,
+    )
     from fallow.planning import Plan, plan
+    from fallow.sparsity import Shrunk, Sparsifier, shrink, sparsify
+    from fallow.surgery.replace import replace
+    from fallow.surgery.replaced import Replaced
 
 __all__ = [
     "ArgumentError",
+    "BlockDropout",
     "DataError",
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
     "Explanation",
     "FallowError",
+    "FeatureDropout",
     "Handle",
+    "HeadExplanation",
     "MissingExtra",
     "Plan",
     "RateError",
+    "Replaced",
     "Report",
     "RunError",
+    "Shrunk",
     "SignalGrowth",
     "Site",
     "SiteError",
     "Sites",
+    "Sparsifier",
     "StochasticDepth",
     "UsageError",
     "__version__",
     "apply",
+    "block_dropout",
+    "drop_block1d",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_connect",
+    "drop_connect_",
+    "drop_path",
     "explain",
+    "explain_head",
     "explaining",
+    "feature_dropout",
     "handle_of",
+    "noise",
+    "penalties",
     "plan",
     "planning",
     "rates",
+    "replace",
     "schedules",
+    "schemes",
+    "shrink",
     "signal_growth",
     "sites",
+    "sparsify",
+    "sparsity",
     "stochastic_depth",
 ]
 
 # Imported when they are first used, so that a training script pays for what it trains with alone.
 _LATER = {
-    "explaining": ("explaining", "Explanation", "SignalGrowth", "explain", "signal_growth"),
+    "explaining": (
+        "explaining",
+        "Explanation",
+        "HeadExplanation",
+        "SignalGrowth",
+        "explain",
+        "explain_head",
+        "signal_growth",
+    ),
+    "noise": (
+        "noise",
+        "BlockDropout",
+        "DropBlock1d",
+        "DropBlock2d",
+        "DropBlock3d",
+        "DropPath",
+        "FeatureDropout",
+        "StochasticDepth",
+        "block_dropout",
+        "drop_block1d",
+        "drop_block2d",
+        "drop_block3d",
+        "drop_connect",
+        "drop_connect_",
+        "drop_path",
+        "feature_dropout",
+        "stochastic_depth",
+    ),
+    "penalties": ("penalties",),
     "planning": ("planning", "Plan", "plan"),
+    "schemes": ("schemes",),
+    "sparsity": ("sparsity", "Shrunk", "Sparsifier", "shrink", "sparsify"),
+    "surgery.replace": ("replace",),
+    "surgery.replaced": ("Replaced",),
 }
 
 

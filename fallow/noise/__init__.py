@@ -1,6 +1,7 @@
 """Structured noise, one method a file."""
 
 from fallow.noise._handle import plain_state_dict
+from fallow.noise.drop_path import DropPath, drop_path
 from fallow.noise.dropblock import (
     DropBlock1d,
     DropBlock2d,
@@ -22,6 +23,7 @@ __all__ = [
     "DropBlock2d",
     "DropBlock3d",
     "DropConnect",
+    "DropPath",
     "FeatureDropout",
     "StochasticDepth",
     "VariationalNoise",
@@ -34,6 +36,7 @@ __all__ = [
     "drop_connect",
     "drop_connect_",
     "drop_connect_mask",
+    "drop_path",
     "feature_dropout",
     "molchanov_kl",
     "plain_state_dict",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fallow.noise import drop_path, dropblock
+from fallow import noise
 from fallow.surgery.standin import Rows, unwrap, wrap
 
 
@@ -63,13 +63,13 @@ class Counted(nn.Module):
         return wrap(y, run, x.batch_dim) if isinstance(x, Rows) and run is not None and not run.done else y
 
 
-class DropPath(Counted, drop_path.DropPath):
-    """`fallow.noise.drop_path.DropPath`, counted."""
+class DropPath(Counted, noise.DropPath):
+    """`fallow.noise.DropPath`, counted."""
 
 
-class DropBlock2d(Counted, dropblock.DropBlock2d):
+class DropBlock2d(Counted, noise.DropBlock2d):
     """`fallow.noise.DropBlock2d`, counted."""
 
 
-class DropBlock3d(Counted, dropblock.DropBlock3d):
+class DropBlock3d(Counted, noise.DropBlock3d):
     """`fallow.noise.DropBlock3d`, counted."""
