@@ -6,7 +6,8 @@
 
 Every arm is measured alone against its base, in pairs: one call of each, in random order, both on the same
 input, whose results live in memory that earlier calls have touched (with --keep-memory the allocator keeps
-it; a fresh page costs more than the multiplication of what is on it). Times are process CPU time of a
+it; a fresh page costs more than the multiplication of what is on it). "plain" arms are fallow without its
+compiled kernel, which a report says whether it was in use. Times are process CPU time of a
 forward, and of a forward and backward; ratios are medians over pairs with a 95 % bootstrap interval. A bound
 holds if the interval reaches it.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import _timing
+from fallow import kernels
 from fallow.integrations import mend_torchvision
 from fallow.noise import drop_block2d
 
 SHAPES = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 14, 14), (32, 64, 56, 56)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OURS, SHARED, SCALAR = "fallow", "fallow, shared", "x * scalar"
-# Arms whose time over ours is reported, and the least it should be; and the most that shared may take.
-FASTER = {"torchvision": 6.0, "torchvision's rule": 6.0, "timm, per channel": 6.0, "F.dropout": 1.0}
-SHARED_BOUND, MEMORY_BOUND = 1.15, 0.3
+PLAIN, PLAIN_SHARED = "fallow, plain", "fallow, shared, plain"
+FAMILY = (SCALAR, OURS, SHARED, "fallow, disjoint", PLAIN, PLAIN_SHARED)
+PEERS = ("torchvision", "torchvision's rule", "timm, per channel", "timm's rule, per channel")
+# The least that other arms' forward should take over that of an arm, and the most that an arm may take over
+# x * scalar; and memory beside the result over the tensor.
+FASTER = {OURS: dict.fromkeys(PEERS, 20.0), PLAIN: dict.fromkeys(PEERS, 6.0) | {"F.dropout": 1.0}}
+SLOWER = {OURS: 2.5, SHARED: 1.15}
+MEMORY_BOUND = 0.3
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -66,6 +73,16 @@ def timm_rule(x: Tensor, drop: float, block: int, shared: bool) -> Tensor:
     return x * noise
 
 
+def without_kernel(noise: Noise) -> Noise:
+    """The same by torch's own operations."""
+
+    def plain(x: Tensor) -> Tensor:
+        with kernels.plain():
+            return noise(x)
+
+    return plain
+
+
 def arms(rate: float, block: int) -> dict[str, Noise]:
     """Name to the function that is timed; the packages themselves where they are installed."""
     drop = 1 - rate
@@ -79,6 +96,7 @@ def arms(rate: float, block: int) -> dict[str, Noise]:
         "timm's rule, per channel": lambda x: timm_rule(x, drop, block, False),
         "timm's rule, shared": lambda x: timm_rule(x, drop, block, True),
     }
+    found |= {PLAIN: without_kernel(found[OURS]), PLAIN_SHARED: without_kernel(found[SHARED])}
     try:
         mend_torchvision()
         from torchvision.ops import drop_block2d as theirs
@@ -113,32 +131,34 @@ def step(noise: Noise, x: Tensor, grad: Tensor, backward: bool) -> Callable[[], 
 def measure(
     shape: tuple[int, ...], dtype: str, block: int, backward: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Every arm against x * scalar and against ours, for one shape."""
+    """Fallow's arms against x * scalar, and all against ours and ours without its kernel, for one shape."""
     torch.manual_seed(options.seed)
     x, grad = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(2))
     if options.channels_last:
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     steps = {name: step(noise, x, grad, backward) for name, noise in arms(options.rate, block).items()}
     row: dict[str, Any] = {"shape": shape, "dtype": dtype, "block": block, "backward": backward}
-    row |= {"ms": {}, "over_scalar": {}, "over_fallow": {}}
-    for base, key in ((SCALAR, "over_scalar"), (OURS, "over_fallow")):
-        for name in steps:
-            if name == base or (name == SCALAR and base == OURS):
-                continue
-            slow = name not in (SCALAR, OURS, SHARED, "fallow, disjoint")
-            if slow and base == SCALAR:
-                continue
-            pairs = max(options.pairs // 5, 3) if slow else options.pairs
-            pair = {base: steps[base], name: steps[name]}
-            times = _timing.interleave(pair, pairs, warmup=2, seed=options.seed)
-            ratio = _timing.median_interval(_timing.ratios(times[name].cpu, times[base].cpu))
-            row[key][name] = ratio.as_dict()
-            row["ms"][name] = 1e3 * _timing.median_interval(times[name].cpu).median
-            row["ms"][base] = 1e3 * _timing.median_interval(times[base].cpu).median
+    row |= {"ms": {}, "over": {base: {} for base in (SCALAR, OURS, PLAIN)}}
+    for base, name in pairs_of(steps):
+        pairs = options.pairs if name in FAMILY else max(options.pairs // 5, 3)
+        pair = {base: steps[base], name: steps[name]}
+        times = _timing.interleave(pair, pairs, warmup=2, seed=options.seed)
+        ratio = _timing.median_interval(_timing.ratios(times[name].cpu, times[base].cpu))
+        row["over"][base][name] = ratio.as_dict()
+        for each in pair:
+            row["ms"][each] = 1e3 * _timing.median_interval(times[each].cpu).median
     row["memory"] = {
         name: extra(noise, x, backward) / x.nbytes for name, noise in arms(options.rate, block).items()
     }
     return row
+
+
+def pairs_of(names: Iterable[str]) -> list[tuple[str, str]]:
+    """What is measured beside what: base and arm."""
+    names = list(names)
+    ours = [(SCALAR, name) for name in names if name in FAMILY and name != SCALAR]
+    others = [name for name in names if name not in FAMILY]
+    return ours + [(base, name) for base in (OURS, PLAIN) for name in others]
 
 
 def extra(noise: Noise, x: Tensor, backward: bool) -> int:
@@ -151,22 +171,26 @@ def _discard(result: Tensor) -> None:
     del result
 
 
-def verdicts(row: dict[str, Any]) -> dict[str, bool]:
-    """The bounds of one row, and whether they hold."""
+def verdicts(row: dict[str, Any], compiled: bool) -> dict[str, bool]:
+    """The bounds of one row, and whether they hold; without a kernel, those of the plain form alone."""
     found = {}
-    for name, least in FASTER.items():
-        if name in row["over_fallow"] and not row["backward"]:
-            found[f"{name} >= {least:g}"] = row["over_fallow"][name]["high"] >= least
     if not row["backward"]:
-        found[f"{SHARED} <= {SHARED_BOUND}"] = row["over_scalar"][SHARED]["low"] <= SHARED_BOUND
-    found[f"memory <= {MEMORY_BOUND}"] = row["memory"][OURS] <= MEMORY_BOUND
+        for arm, bounds in FASTER.items():
+            for name, least in bounds.items():
+                if name in row["over"][arm] and (compiled or arm == PLAIN):
+                    found[f"{name} >= {least:g} {arm}"] = row["over"][arm][name]["high"] >= least
+        for name, most in SLOWER.items():
+            if compiled:
+                found[f"{name} <= {most:g} {SCALAR}"] = row["over"][SCALAR][name]["low"] <= most
+    for name in (OURS, PLAIN):
+        found[f"memory of {name} <= {MEMORY_BOUND}"] = row["memory"][name] <= MEMORY_BOUND
     return found
 
 
 # --- terminal ----------------------------------------------------------------------------------------------
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]], compiled: bool) -> None:
     """Times, ratios, memory."""
     for backward in (False, True):
         chosen = [row for row in rows if row["backward"] == backward]
@@ -176,21 +200,21 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         what = "forward and backward" if backward else "forward"
         labels = [f"{'x'.join(map(str, r['shape']))} {r['dtype']} k={r['block']}" for r in chosen]
         _timing.table(
-            f"{what}: ms; [over fallow, over x * scalar for fallow's own]; memory beside the result",
+            f"{what}: ms; [over fallow, or over x * scalar for fallow's own]; memory beside the result",
             ("arm", *labels),
             [(name, *(_cell(row, name) for row in chosen)) for name in names],
         )
         failed = [
             f"{label}: {bound}"
             for label, row in zip(labels, chosen, strict=True)
-            for bound, holds in verdicts(row).items()
+            for bound, holds in verdicts(row, compiled).items()
             if not holds
         ]
         print(f"{what}: " + ("every bound holds" if not failed else "FAILS " + "; ".join(failed)))
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    ratio = row["over_scalar"].get(name) or row["over_fallow"].get(name)
+    ratio = row["over"][SCALAR].get(name) or row["over"][OURS].get(name)
     over = f" [{ratio['median']:.2f}]" if ratio else ""
     return f"{row['ms'][name]:.2f}{over} {row['memory'][name]:.2f}"
 
@@ -231,17 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     report = _timing.heading("dropblock", arguments)
     report |= {"seed": options.seed, "pairs": options.pairs, "rate": options.rate}
-    report |= {"hardware": _timing.hardware(), "rows": []}
+    found = kernels.available()  # built before anything is timed
+    report |= {"hardware": _timing.hardware(), "kernel": found.reason or "compiled", "rows": []}
+    print(f"kernel: {report['kernel']}")
     for shape in options.shape:
         for dtype in options.dtype:
             for block in options.block:
                 for backward in (False, True):
                     row = measure(shape, dtype, block, backward, options)
-                    row["holds"] = verdicts(row)
+                    row["holds"] = verdicts(row, found.used)
                     report["rows"].append(row)
             if options.json is not None:  # after every part, so that an interrupted run keeps what it has
                 options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    show(report["rows"])
+    show(report["rows"], found.used)
     return 0 if all(all(row["holds"].values()) for row in report["rows"]) else 1
 
 

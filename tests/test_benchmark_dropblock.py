@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import dropblock
+from fallow import kernels
 
 
 @pytest.mark.parametrize("block", [3, 7])
@@ -48,16 +49,37 @@ def test_a_run_writes_every_row_and_its_bounds(tmp_path, capsys) -> None:
 def test_the_bounds_are_judged_by_the_interval_that_reaches_furthest() -> None:
     row = {
         "backward": False,
-        "over_fallow": {"torchvision": {"low": 5, "high": 6.1}, "F.dropout": {"low": 0.5, "high": 0.9}},
-        "over_scalar": {dropblock.SHARED: {"low": 1.1, "high": 1.4}},
-        "memory": {dropblock.OURS: 0.4},
+        "over": {
+            dropblock.OURS: {"torchvision": {"low": 15, "high": 20.1}, "F.dropout": {"low": 1, "high": 2}},
+            dropblock.PLAIN: {"torchvision": {"low": 5, "high": 5.9}, "F.dropout": {"low": 0.5, "high": 1.1}},
+            dropblock.SCALAR: {
+                dropblock.OURS: {"low": 2.6, "high": 2.7},
+                dropblock.SHARED: {"low": 1.1, "high": 1.4},
+            },
+        },
+        "memory": {dropblock.OURS: 0.4, dropblock.PLAIN: 0.3},
     }
-    assert dropblock.verdicts(row) == {
-        "torchvision >= 6": True,
-        "F.dropout >= 1": False,
-        "fallow, shared <= 1.15": True,
-        "memory <= 0.3": False,
+    plain = {
+        "torchvision >= 6 fallow, plain": False,
+        "F.dropout >= 1 fallow, plain": True,
+        "memory of fallow <= 0.3": False,
+        "memory of fallow, plain <= 0.3": True,
     }
+    assert dropblock.verdicts(row, False) == plain
+    assert dropblock.verdicts(row, True) == plain | {
+        "torchvision >= 20 fallow": True,
+        "fallow <= 2.5 x * scalar": False,
+        "fallow, shared <= 1.15 x * scalar": True,
+    }
+    memory = {name: holds for name, holds in plain.items() if name.startswith("memory")}
+    assert dropblock.verdicts({**row, "backward": True}, True) == memory
+
+
+def test_plain_arms_do_without_the_kernel() -> None:
+    seen = []
+    dropblock.without_kernel(lambda x: seen.append(kernels.available().used) or x)(torch.ones(1))
+    assert seen == [False]
+    assert len(set(dropblock.pairs_of(dropblock.arms(0.9, 3)))) >= 5 + 2 * 4
 
 
 @pytest.mark.parametrize("wrong", [["--shape", "3x4"], ["--shape", "axb"], ["--rate", "1"], ["--pairs", "0"]])

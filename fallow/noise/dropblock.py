@@ -59,8 +59,7 @@ def drop_block2d(
         normalise: "expected": times 1/p; "realised": times the number of elements of the mask over the number
             that it keeps, over the whole batch, as timm and torchvision do (see Estimator).
         training: drop or not.
-        generator: of the draws; None: torch's default ones, of the CPU for how many seeds and of x's device
-            for where.
+        generator: of the draws; None: torch's default ones, of the CPU where seeds are few.
         unknown: refused, with the conversion for p=, drop_prob= and the like.
 
     Returns:
@@ -79,6 +78,11 @@ def drop_block2d(
         0), but that of one position is not: ``E[m_i / mean(m)]`` is near ``1 + (Var[mean m] - Cov[m_i, mean
         m]) / p^2``, below 1 in the middle of a map and above at its border. It also couples the rows of a
         batch, takes off the variation that they share, and differs between data-parallel ranks.
+
+    Note:
+        On the CPU a compiled kernel does it in one pass where there is a compiler (`fallow.kernels.available`);
+        the result is the same without. Where seeds are few, as for blocks of 3 and more at the usual rates,
+        nothing of x's size is kept for the gradient, and a generator's state gives the same mask on any device.
 
     References:
         Ghiasi, Lin, Le: DropBlock (2018), algorithm 1, whose seeds lie where blocks fit and whose g is of

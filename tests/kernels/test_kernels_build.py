@@ -43,7 +43,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiler(folder: Path, body: str) -> str:
     """A compiler that runs this, with its output's name in $out."""
     path = folder / "compiler"
-    path.write_text(f'#!/bin/sh\nfor word; do last="$out"; out="$word"; done\necho >> {folder}/calls\n{body}\n')
+    path.write_text(
+        f'#!/bin/sh\nfor word; do last="$out"; out="$word"; done\necho >> {folder}/calls\n{body}\n'
+    )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 

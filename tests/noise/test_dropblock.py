@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import fallow
 from benchmarks import _timing
+from fallow import kernels
 from fallow.noise import (
     DropBlock1d,
     DropBlock2d,
@@ -44,6 +46,13 @@ LAYOUTS = {
     "expanded": lambda x: x[:, :1].expand(x.shape),
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    """Torch's own operations, wherever this runs; the compiled kernel's tests compare it with them."""
+    with kernels.plain():
+        yield
 
 
 def maps(dims: int, rows: int = 4, channels: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -108,10 +117,15 @@ def test_large_half_precision_tensors_stay_finite_with_the_right_mean() -> None:
         assert out.isfinite().all() and abs(float(out.double().mean()) - 1) < 0.05
 
 
-def test_a_dropped_infinity_is_zero_where_each_channel_has_its_mask() -> None:
-    x = torch.full((2, 3, 8, 8), math.inf)
-    for block, p in ((5, 0.5), (1, 0.3)):
-        assert set(drop_block2d(x, survival_rate=p, block_size=block).unique().tolist()) == {0, math.inf}
+@every_layout
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("normalise", ["expected", "realised"])
+def test_a_dropped_infinity_is_zero(layout: Any, shared: bool, normalise: str) -> None:
+    x = layout(torch.full((8, 4, 8, 8), math.inf))
+    for block, p in ((5, 0.9), (5, 0.5), (1, 0.3)):
+        options = {"shared_channels": shared, "normalise": normalise}
+        out = drop_block2d(x, survival_rate=p, block_size=block, **options)
+        assert set(out.unique().tolist()) == {0, math.inf}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -122,6 +136,16 @@ def test_realised_normalisation_keeps_the_batch_mean_and_nothing_is_zeros(shared
         out = drop_block2d(x, survival_rate=0.6, generator=generator(seed), **options)
         assert float(out.mean()) == pytest.approx(1, rel=1e-12)
     assert not drop_block2d(x, survival_rate=1e-12, **options).any()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("block", [7, 40])
+@pytest.mark.parametrize("p", [0.9, 0.1, 1e-9])
+def test_the_mask_of_a_large_tensor_is_that_of_its_forward(p: float, block: int, shared: bool) -> None:
+    shape = (64, 40, 32, 32)  # more rows of blocks than are written at a time
+    options = {"survival_rate": p, "block_size": block, "shared_channels": shared}
+    out = drop_block2d(torch.ones(shape), generator=generator(3), **options)
+    assert torch.equal(out != 0, drop_block_mask(shape, generator=generator(3), **options).expand(shape))
 
 
 def test_an_empty_tensor_comes_back() -> None:
