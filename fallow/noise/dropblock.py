@@ -80,9 +80,9 @@ def drop_block2d(
         batch, takes off the variation that they share, and differs between data-parallel ranks.
 
     Note:
-        On the CPU a compiled kernel does it in one pass where there is a compiler (`fallow.kernels.available`);
-        the result is the same without. Where seeds are few, as for blocks of 3 and more at the usual rates,
-        nothing of x's size is kept for the gradient, and a generator's state gives the same mask on any device.
+        On the CPU a compiled kernel does it in one pass where there is a compiler; without, the result is the
+        same (`fallow.kernels.available`). Where seeds are few, as for blocks of 3 and more at usual rates,
+        nothing of x's size is kept for the gradient, and a generator's state is one mask on every device.
 
     References:
         Ghiasi, Lin, Le: DropBlock (2018), algorithm 1, whose seeds lie where blocks fit and whose g is of
