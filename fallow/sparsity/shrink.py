@@ -21,7 +21,7 @@ from fallow.sparsity.shrinking.left import Left
 from fallow.sparsity.shrinking.plan import VERSION, Plan, apply_in_place, kept_indices, layer_attributes
 from fallow.sparsity.shrinking.prove import Inputs, difference
 from fallow.sparsity.shrinking.record import Record, record
-from fallow.sparsity.shrinking.sizes import Attributes, proposals, suspects
+from fallow.sparsity.shrinking.sizes import Attributes, settle, suspects
 from fallow.surgery.probe import arguments, tiled
 
 _ROWS = 3, 2
@@ -115,12 +115,12 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     work = _copied(model).eval().double()
     batches = [_doubled(tiled(args, kwargs, rows)) for rows in _ROWS]
     run = _recorded(work, batches[0])
-    decision, plan, gap = _proved(work, run, batches)
+    decision, plan, cut, gap = _proved(work, run, batches)
     small = _copied(model).eval()
     _fold(small, decision)
     apply_in_place(small, plan)
     one = _doubled(tiled(args, kwargs, 1))
-    before, after = size_of(work, one), size_of(_smaller(work, decision, plan), one)
+    before, after = size_of(work, one), size_of(cut, one)
     return Shrunk(small, plan, leftovers.left_over(decision), before, after, gap, example)
 
 
@@ -171,25 +171,44 @@ def _recorded(model: nn.Module, inputs: Inputs) -> Record:
     return run
 
 
-def _proved(work: nn.Module, run: Record, batches: list[Inputs]) -> tuple[Decision, Plan, float]:
-    """The largest decision whose small model computes the same as the dense one."""
+class _Trial:
+    """Cuts the model as decided, and compares."""
+
+    def __init__(self, work: nn.Module, batches: list[Inputs], bound: float) -> None:
+        self.work, self.batches, self.bound = work, batches, bound
+        self.gap = float("inf")
+        self.decision: Decision
+        self.plan: Plan
+        self.small: nn.Module
+
+    def __call__(self, attributes: Attributes) -> list[str] | None:
+        """None where the model with these attributes computes the same, else the modules then running."""
+        self.plan = _plan(self.work, self.decision, attributes)
+        self.small = copy.deepcopy(self.work)
+        _fold(self.small, self.decision)
+        apply_in_place(self.small, self.plan)
+        stack: list[str] = []
+        try:
+            self.gap = difference(self.work, self.small, self.batches, stack)
+        except Exception:  # sizes that a forward fixes: anything may be raised
+            self.gap = float("inf")
+        return None if self.gap <= self.bound else stack
+
+
+def _proved(work: nn.Module, run: Record, batches: list[Inputs]) -> tuple[Decision, Plan, nn.Module, float]:
+    """The largest decision whose small model computes the same as the dense one; that model, in float64."""
     stay: dict[int, str] = {}
-    bound, gap, stack = (1e-4 if run.narrow else 1e-9), float("inf"), []
+    trial = _Trial(work, batches, 1e-4 if run.narrow else 1e-9)
     for _ in range(_TRIES):
-        decision, trail = decide(run, stay), []
-        for attributes in proposals(work, decision):
-            plan = _plan(work, decision, attributes)
-            try:
-                gap = difference(work, _smaller(work, decision, plan), batches, stack)
-            except Exception:  # sizes that a forward fixes: anything may be raised
-                gap = float("inf")
-            if gap <= bound:
-                return decision, plan, gap
-            trail = trail or list(stack)
-        more = suspects(work, decision, trail)
+        decision = trial.decision = decide(run, stay)
+        failed = settle(work, decision, trial)
+        if failed is None:
+            return decision, trial.plan, trial.small, trial.gap
+        more = suspects(work, decision, failed)
         if not more:
             break
         stay.update(more)
+    gap = trial.gap
     raise RunError(
         f"the smaller model's outputs differ by {gap:.3g} of the dense model's, and no part was found that "
         "explains it, so nothing was removed: check that the model draws no random numbers in eval mode"
@@ -209,13 +228,6 @@ def _plan(model: nn.Module, decision: Decision, attributes: Attributes) -> Plan:
         "shapes": {name: list(tensors[name].shape) for name in kept},
         "removed": leftovers.removed(decision),
     }
-
-
-def _smaller(work: nn.Module, decision: Decision, plan: Plan) -> nn.Module:
-    small = copy.deepcopy(work)
-    _fold(small, decision)
-    apply_in_place(small, plan)
-    return small
 
 
 @torch.no_grad()

@@ -166,3 +166,36 @@ def test_other_networks_of_timm_with_random_dead_channels(name: str) -> None:
     result = shrink(net, SMALL)
     assert result.after.parameters < result.before.parameters
     assert_same(net, result.model, SMALL, tolerance=1e-10)
+
+
+class Grouping(nn.Module):
+    """Two heads of queries share a head of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(8, 16),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(16, 3),
+        )
+        self.width, self.shared = 4, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_shared_keys_go_with_all_their_queries_and_other_numbers_stay() -> None:
+    net = lively(Grouping()).double()
+    unread(net, "out", range(8))
+    x = torch.randn(3, 5, 8).double()
+    result = shrink(net, x)
+    assert shape(result.model, "q")[0] == 8 and shape(result.model, "k")[0] == 4
+    assert result.model.shared == 2  # as many as there were heads of keys, yet not their number
+    assert_same(net, result.model, x)
+    unread(net, "out", [8, 9, 10, 11])
+    assert shape(shrink(net, x).model, "q")[0] == 8  # the other query needs the keys

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fallow.sparsity.shrinking import known as constants
-from fallow.sparsity.shrinking.facts import Info, Pieces
+from fallow.sparsity.shrinking.facts import Info, Pieces, Sized
 from fallow.sparsity.shrinking.labels import Layers, along, support, vector
 from fallow.sparsity.shrinking.step import Step, rule
 
@@ -120,6 +120,8 @@ def _group_norm(step: Step, out: list[Tensor]) -> list[Info]:
             else:
                 step.recorder.labels.tie(layer.reshape(-1), own.reshape(-1))
     layers = step.mixed(step.infos[0].layers, range(2, out[0].dim()), "is normalised over")
+    if own is not None:
+        step.recorder.record.sized.append(Sized(step.recorder.where, own, 1, channels))
     return [Info(layers, _scaled_away(step, 1, 2, out[0], 1)), *(Info([]) for _ in out[1:])]
 
 

@@ -144,7 +144,7 @@ class _Solver:
                 continue
             covered = torch.zeros_like(mask)
             for dim in support(layer):
-                covered |= _full(mask, dim)
+                covered |= slabs(mask, dim).reshape([-1 if d == dim else 1 for d in range(mask.dim())])
             torn = torch.unique(self.labels.roots(layer)[mask & ~covered]).tolist()
             read = self.read() if torn else mask
             for root in torn:
@@ -154,7 +154,7 @@ class _Solver:
         """Tensors taken apart by numbers."""
         for item in self.record.pieces:
             roots = self.labels.roots(item.layer)
-            full = _full(self.gone[roots], item.dim).movedim(item.dim, 0).flatten(1)[:, 0]
+            full = slabs(self.gone[roots], item.dim)
             pieces = full.reshape(-1, item.size).sum(1)
             if (
                 not bool(full.any())
@@ -164,7 +164,7 @@ class _Solver:
                 continue
             read, why = self.read(), f"{item.name} takes the tensor apart by numbers"
             allowed = 0 if item.whole else int(pieces.min())
-            by_index = roots.movedim(item.dim, 0).flatten(1)
+            by_index = roots.movedim(item.dim, 0).reshape(len(full), -1)
             for start in range(0, len(full), item.size):
                 lost = [i for i in range(start, start + item.size) if full[i]]
                 for i in lost[: len(lost) - allowed]:
@@ -202,10 +202,9 @@ class _Solver:
                 return Decision(self.record, self.gone, self.blank, self.why, self.carriers)
 
 
-def _full(mask: Tensor, dim: int) -> Tensor:
-    """Where a whole slab across `dim` is set, in the mask's shape."""
-    others = [d for d in range(mask.dim()) if d != dim]
-    return (mask.all(dim=others, keepdim=True) if others else mask).expand(mask.shape)
+def slabs(mask: Tensor, dim: int) -> Tensor:
+    """For each index of `dim`, whether the whole slab at it is set."""
+    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1).all(1)
 
 
 def _harmless(site: Site) -> Tensor:

@@ -9,7 +9,8 @@ from fallow.sparsity.shrinking import channelwise, sums, views
 from fallow.sparsity.shrinking import known as constants
 from fallow.sparsity.shrinking.facts import Info
 from fallow.sparsity.shrinking.labels import Layers, aligned, reduced, support
-from fallow.sparsity.shrinking.step import RULES, Step, rule
+from fallow.sparsity.shrinking.step import RULES, Step
+from fallow.sparsity.shrinking.step import rule as for_names
 
 _RANDOM = ("rand", "bernoulli", "normal", "uniform", "multinomial", "empty", "exponential", "dropout")
 # Not marked as elementwise by torch, though they are.
@@ -26,11 +27,12 @@ def infer(step: Step, out: list[Tensor]) -> list[Info]:
     if not step.recorder.escaped and (all(map(_complete, step.infos)) or step.name in _FROM_SIZES):
         random = step.name.startswith(_RANDOM)
         known = [None if random else t.detach().clone() for t in out]
-    if step.name in RULES:
-        results = RULES[step.name](step, out)
-    elif torch.Tag.pointwise in step.func.tags or step.name in _ELEMENTWISE:
-        results = elementwise(step, out)
-    else:
+    rule = RULES.get(step.name, unknown)
+    if rule is unknown and (torch.Tag.pointwise in step.func.tags or step.name in _ELEMENTWISE):
+        rule = elementwise
+    try:
+        results = rule(step, out)
+    except Exception:  # a form of the operation that its rule did not foresee: better nothing than a guess
         results = unknown(step, out)
     if known is not None:
         for info, value in zip(results, known, strict=True):
@@ -87,17 +89,17 @@ def unknown(step: Step, out: list[Tensor]) -> list[Info]:
     return [Info([]) for _ in out]
 
 
-@rule("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout_like")
+@for_names("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout_like")
 def _like(step: Step, out: list[Tensor]) -> list[Info]:
     return [Info(list(step.infos[0].layers)) for _ in out]
 
 
-@rule("new_zeros new_ones new_full new_empty sym_size sym_numel _local_scalar_dense item")
+@for_names("new_zeros new_ones new_full new_empty sym_size sym_numel _local_scalar_dense item")
 def _sizes_alone(step: Step, out: list[Tensor]) -> list[Info]:
     return [Info([]) for _ in out]
 
 
-@rule("copy")
+@for_names("copy")
 def _copy(step: Step, out: list[Tensor]) -> list[Info]:
     target, source = step.infos[0], step.infos[1]
     ndim = out[0].dim()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from fallow.sparsity.shrinking.decide import Decision, _full
+from fallow.sparsity.shrinking.decide import Decision, slabs
 from fallow.sparsity.shrinking.facts import Sized
 
 # These compute from their weights; their own sizes are set with them.
@@ -28,8 +28,7 @@ class _Change:
 
 def _new_size(item: Sized, decision: Decision) -> int:
     mask = decision.goes(item.layer)
-    away = _full(mask, item.dim).movedim(item.dim, 0).flatten(1)[:, 0]
-    return item.old - int(away.sum())
+    return item.old - int(slabs(mask, item.dim).sum())
 
 
 def _changes(model: nn.Module, decision: Decision) -> list[_Change]:
@@ -44,29 +43,49 @@ def _changes(model: nn.Module, decision: Decision) -> list[_Change]:
     return list(found)
 
 
-def proposals(model: nn.Module, decision: Decision) -> Iterator[Attributes]:
-    """Ways to set the modules' own numbers, the likeliest first; the right one is found by running the model.
+def settle(
+    model: nn.Module, decision: Decision, attempt: Callable[[Attributes], list[str] | None]
+) -> list[str] | None:
+    """Find the numbers of modules that must follow, by running the smaller model.
 
-    A number of a module that equals a size which its forward names, and which changes, is taken to be that
-    size. Where several do (as many heads as channels in each), every one of them is tried alone too.
+    A number of a module that equals a size which its forward names, and which changes, may be that size. None
+    is changed before the model was seen to fail without: then those of the class of modules that failed,
+    then all. Where several numbers of a module are equal (as many heads as channels in each), each is tried
+    alone too.
+
+    Args:
+        model: the dense model.
+        decision: what goes.
+        attempt: runs the smaller model with these attributes: None if it is right, else the modules running
+            when it failed, outermost first.
+
+    Returns:
+        None where an attempt was right (the last one), else where the first failed.
     """
     changes = _changes(model, decision)
-    yield _chosen(changes, {})
-    several: dict[type, set[str]] = {}
-    for change in changes:
-        if len(change.names) > 1:
-            several.setdefault(change.kind, set()).update(change.names)
-    for kind, names in several.items():
-        for name in sorted(names):
-            yield _chosen(changes, {kind: name})
-    if changes:
-        yield {}
+    chosen: dict[type, str | None] = {}  # None: all of its numbers
+    first = failed = attempt({})
+    while failed is not None:
+        waiting = {c.kind for c in changes} - set(chosen)
+        if not waiting:
+            break
+        running = [type(model.get_submodule(name)) for name in reversed(failed)]
+        nearest = next((kind for kind in running if kind in waiting), None)
+        chosen.update(dict.fromkeys({nearest} if nearest else waiting))
+        failed = attempt(_attributes(changes, chosen))
+    for kind in dict.fromkeys(c.kind for c in changes if len(c.names) > 1):
+        for name in sorted({n for c in changes if c.kind is kind for n in c.names}):
+            if failed is not None:
+                failed = attempt(_attributes(changes, {**chosen, kind: name}))
+    return None if failed is None else first
 
 
-def _chosen(changes: list[_Change], only: dict[type, str]) -> Attributes:
+def _attributes(changes: list[_Change], chosen: dict[type, str | None]) -> Attributes:
     attributes: Attributes = {}
     for change in changes:
-        name = only.get(change.kind)
+        if change.kind not in chosen:
+            continue
+        name = chosen[change.kind]
         for own in change.names:
             if len(change.names) == 1 or name in (None, own):
                 attributes.setdefault(change.module, {})[own] = change.new
@@ -85,6 +104,20 @@ def suspects(model: nn.Module, decision: Decision, stack: list[str]) -> dict[int
             for label in item.layer[decision.goes(item.layer)].tolist():
                 where = item.module or "the model itself"
                 found[label] = f"the forward of {where} ({type(module).__name__}) fixes its sizes"
+        if found:
+            return found
+    return _owned(decision, stack)
+
+
+def _owned(decision: Decision, stack: list[str]) -> dict[int, str]:
+    """Labels that go from the parameters of the innermost module that was running and has any."""
+    for name in reversed(stack):
+        found: dict[int, str] = {}
+        for leaf, info in decision.record.leaves.items():
+            if not name or leaf.startswith(f"{name}."):
+                for layer in info.layers:
+                    why = f"the forward of {name or 'the model itself'} fails with fewer channels"
+                    found.update(dict.fromkeys(layer[decision.goes(layer)].tolist(), why))
         if found:
             return found
     return {}

@@ -259,19 +259,20 @@ def attention(step: Step, out: list[Tensor]) -> list[Info]:
     layers: Layers = []
     full_mask = any(len(s) == 4 and s[1] > 1 for s in step.shapes[3:])
     if len(heads) == 3 and not full_mask:
-        labels.tie(heads[0], heads[1])
-        labels.tie(heads[0], heads[2])
+        for other in heads[1:]:  # where queries share keys, a key's head goes with all its queries' heads
+            labels.tie(heads[0], other.repeat_interleave(heads[0].shape[1] // other.shape[1], 1))
         layers = [heads[0]]
     else:
         recorder.freeze(heads, step.say(_FIXED))
     results = [Info(layers, _averaged(step.infos[2].known, out[0]))]
-    return results + [Info(layers if t.dim() > 1 and t.shape[1] == out[0].shape[1] else []) for t in out[1:]]
+    return results + [Info([]) for _ in out[1:]]
 
 
 def _averaged(values: Tensor | None, out: Tensor) -> Tensor | None:
     """Rows of attention sum to one, so what is the same for all tokens comes out as it is."""
     if values is None:
         return None
+    values = values.repeat_interleave(out.shape[1] // values.shape[1], 1)
     first = values[:, :, :1]
     same = (values == first).all(2, keepdim=True)
     return constants.tidy(torch.where(same, first, constants.NAN).expand(out.shape).clone())

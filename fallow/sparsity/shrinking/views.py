@@ -117,10 +117,7 @@ def _sliced(step: Step, out: list[Tensor]) -> list[Info]:
     if tuple(out[0].shape) == step.shapes[0] and step.arg(4, "step", 1) == 1:
         return [Info(step.infos[0].layers, step.infos[0].known)]
     for layer in step.infos[0].layers:
-        if layer.shape[dim] == 1:
-            layers.append(layer)
-        else:
-            step.recorder.freeze([layer], step.say("is sliced by numbers"))
+        layers += step.mixed([layer], [dim], "is sliced by numbers")
     return [Info(layers, _moved_known(step, out[0]))]
 
 
@@ -173,9 +170,8 @@ def _joined(step: Step, out: list[Tensor]) -> list[Info]:
     )
     known = None
     if any(info.known is not None for info, _ in parts) and out[0].is_floating_point():
-        known = torch.cat(
-            [torch.full(s, NAN, dtype=out[0].dtype) if i.known is None else i.known for i, s in parts], dim
-        )
+        blank = out[0].new_full((), NAN)
+        known = torch.cat([blank.expand(s) if i.known is None else i.known for i, s in parts], dim)
     return [Info(layers, tidy(known))]
 
 
@@ -230,7 +226,7 @@ def _padded(step: Step, out: list[Tensor]) -> list[Info]:
                     recorder.record.sized.append(Sized(recorder.where, end, d, n))
     known = step.infos[0].known
     if any(any(sides.get(d, (0, 0))) for d in range(ndim - 2)) or known is not None:
-        known = torch.full(step.shapes[0], NAN, dtype=out[0].dtype) if known is None else known
+        known = torch.full_like(step.tensors[0], NAN) if known is None else known
         known = tidy(F.pad(known, pads, value=step.arg(2, "value", 0.0)))
     return [Info(layers, known)]
 
