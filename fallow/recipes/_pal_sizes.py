@@ -88,7 +88,7 @@ SIZES = {
                     _images("digits", 256, "mlp-256", targets),
                     (1, 4, 8),
                     {"minimise": 1500, "sampled": 6000},
-                    {"minimise": 0.3, "sampled": 0.6},
+                    {"minimise": 0.2, "sampled": 0.65},
                 )
                 for targets in ("teacher", "falling")
             ),
@@ -97,14 +97,14 @@ SIZES = {
                 _images("fashion-mnist", 500, "mlp-256", "teacher"),
                 (1, 8),
                 {"minimise": 1500, "sampled": 3000},
-                {"minimise": 1.2, "sampled": 1.2},
+                {"minimise": 0.7, "sampled": 1.1},
             ),
             Deep(
                 "CIFAR-10 (200), ResNet-8, teacher",
                 _images("cifar10", 200, "resnet-8", "teacher"),
                 (1, 8),
                 {"adam": 600, "sampled": 600},
-                {"adam": 4.0, "sampled": 4.0},
+                {"adam": 2.7, "sampled": 2.7},
             ),
         ),
     ),

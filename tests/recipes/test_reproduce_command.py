@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +35,14 @@ def test_alone_it_lists_every_item_with_command_time_and_state(call: Call):
     assert (code, err) == (0, "")
     for words in ("fallow reproduce hayou2021 --scale tiny", "small1999: A small paper", "two cores"):
         assert words in out
-    for item in shelf.PAPERS["hayou2021"].items:
-        assert out.count(f"\n {item.name} ") == 3 and item.title in out
-    assert out.count("not run") == 3 * 7 + 2 and out.count("for a GPU") == 7
+    items = [
+        item for one in shelf.PAPERS.values() for item in one.items for cells in item.cells.values() if cells
+    ]
+    lines = Counter(item.name for item in items)
+    for item in items:
+        assert out.count(f"\n {item.name} ") == lines[item.name] and item.title in out
+    assert lines["curves"] == 6 and out.count("not run") == len(items) == 3 * 7 + 3 * 6 + 2
+    assert out.count("for a GPU") == 7 + 6
     assert not list(Path().iterdir())
 
 
@@ -70,7 +76,10 @@ def test_on_a_terminal_there_is_a_table(call: Call, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["hayou2012"], "no paper hayou2012: did you mean hayou2021? There are hayou2021, small1999"),
+        (
+            ["hayou2012"],
+            "no paper hayou2012: did you mean hayou2021? There are hayou2021, pal2020, small1999",
+        ),
         (["small1999", "--only", "fist"], "no item fist: did you mean first? There are first, second"),
         (["small1999", "--scale", "huge"], "no scale huge: there are tiny"),
         (["small1999", "--jobs", "0"], "--jobs must be an integer of at least 1, got 0"),
