@@ -115,9 +115,11 @@ class Table:
         # NaN goes to the first interval and stays NaN in the polynomial.
         index = position.detach().nan_to_num(0.0).clamp(0, self.intervals - 1).long()
         local = (position - index) * 2 - 1
-        result = fit[-1][index]
+        # A dimension more, as indexing by a single number would read it on the host.
+        index = index.unsqueeze(-1)
+        result = fit[-1][index].squeeze(-1)
         for row in fit[:-1].flip(0):
-            result = result * local + row[index]
+            result = result * local + row[index].squeeze(-1)
         return result
 
 

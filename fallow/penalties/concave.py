@@ -174,12 +174,17 @@ class GemanMcClure(Separable):
         return magnitude * rate * rate
 
     def _eta(self, magnitude: Tensor) -> Tensor:
-        return (magnitude * magnitude).add_(1).square_()
+        return (magnitude * magnitude).add_(1).pow_(2)
 
     def _dual(self, eta: Tensor) -> Tensor:
         return (1 - eta.clamp(min=1).rsqrt()).square()
 
 
 def gamma_two(z: Tensor) -> Tensor:
-    """``1 - (1 + z) exp(-z)`` for z >= 0, to rounding: the regularised lower incomplete gamma function."""
-    return torch.special.gammainc(torch.full_like(z, 2.0), z)
+    """``1 - (1 + z) exp(-z)`` for z >= 0, to rounding near 0 too."""
+    near, far = z.clamp(max=1), z.clamp(max=1e3)
+    series = torch.zeros_like(z)
+    for k in range(19, 1, -1):
+        series = (series + 1) * near / k
+    # the tail of the exponential's series from z^2 / 2 on, less than the whole by 1 + z
+    return torch.where(z < 1, near * series * (-near).exp(), 1 - (1 + far) * (-far).exp())

@@ -70,13 +70,18 @@ def variational_kl(r: Tensor) -> Tensor:
 
 
 class _Dawson(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         magnitude = x.abs()
         smooth = _tables()[0]((1 + magnitude).reciprocal())
         # two forms of x / (1 + 2 x^2): neither over- nor underflows on its side
         return smooth * torch.where(magnitude < 1, x / (1 + 2 * x * x), (x.reciprocal() + 2 * x).reciprocal())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -85,13 +90,18 @@ class _Dawson(torch.autograd.Function):
 
 
 class _Divergence(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, r: Tensor) -> Tensor:
-        ctx.save_for_backward(r)
+    def forward(r: Tensor) -> Tensor:
         x = (r / 2).sqrt()
         # log(1 + r) / 2 has the right ends but for a constant; the rest begins with r^2, that is x^4
         share = (1 + x.pow(-4)).reciprocal()
         return r.log1p() / 2 + share * _tables()[1]((1 + x).reciprocal())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ _PER_OCTAVE = 16
 _NODES = 64
 # Halvings of a piece that 32 and 64 nodes integrate differently; as many as a jump needs to be isolated.
 _HALVINGS = 50
+_AT_ONCE = 16
 _AGREE = 1e-14
 # Rounding of a strategy that is called monotone all the same.
 _RATE_SLACK = 1e-12
@@ -185,10 +186,13 @@ class FromStrategy(Separable):
         with torch.no_grad():
             for _ in range(_HALVINGS):
                 exact = piecewise(_NODES)
-                rough = (piecewise(_NODES // 2) - exact).abs() > _AGREE * exact.cumsum(0)
-                if not bool(rough.any()):
+                rough = (piecewise(_NODES // 2) - exact).abs() / exact.cumsum(0).clamp(min=2.0**-1000)
+                # The worst alone: where a strategy has few digits all pieces are rough, and halving no help.
+                worst = rough.topk(min(_AT_ONCE, rough.numel())).indices
+                worst = worst[rough[worst] > _AGREE]
+                if not worst.numel():
                     break
-                edges = torch.cat([edges, ((edges[:-1] + edges[1:]) / 2)[rough]]).unique()
+                edges = torch.cat([edges, ((edges[:-1] + edges[1:]) / 2)[worst]]).unique()
             exact = piecewise(_NODES)
             sums = torch.cat([self._start(edges[:1]), exact]).cumsum(0)
             close = [n for n in (16, 32) if bool(((piecewise(n) - exact).abs() <= _AGREE * sums[1:]).all())]
@@ -227,7 +231,7 @@ def _check_strategy(penalty: FromStrategy) -> None:
     else:
         _refuse(found < 0, grid, found, f"{what} is {{y:.6g}} at |w| = {{x:.6g}}: it must not be negative")
     highest = found.cummax(0).values
-    slack = torch.full_like(found, _RATE_SLACK) if is_rate else _ETA_SLACK * highest
+    slack = torch.full_like(found, _RATE_SLACK) if is_rate else _ETA_SLACK * found.abs()
     fall = torch.where(found == highest, 0.0, highest - found)
     if bool((fall > slack).any()):
         end = int(fall.argmax())

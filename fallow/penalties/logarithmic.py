@@ -136,7 +136,7 @@ class Log2Sum(Separable):
         check_positive("eps", self.eps)
 
     def _value(self, magnitude: Tensor) -> Tensor:
-        return (magnitude / math.sqrt(self.eps)).square_().log1p_()
+        return (magnitude / math.sqrt(self.eps)).square().log1p_()
 
     def _slope(self, magnitude: Tensor) -> Tensor:
         return 2 * magnitude / (magnitude * magnitude + self.eps)

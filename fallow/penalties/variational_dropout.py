@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ Scalar = Callable[[Tensor], Tensor]
 
 # Molchanov's k1, k2, k3.
 _FIT = (0.63576, 1.87320, 1.48695)
+_LOGS = 82.0
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,18 @@ class MolchanovFit(Separable):
     at_zero: ClassVar[AtZero] = "slope"
 
     def _value(self, magnitude: Tensor) -> Tensor:
-        eta = self._eta(magnitude)
-        ratio = torch.where(magnitude > 0, magnitude / eta, 1.0)
-        return (magnitude * ratio + self._dual(eta)) / 2
+        return (magnitude * self._slope(magnitude) + self._dual(self._eta(magnitude))) / 2
 
     def _slope(self, magnitude: Tensor) -> Tensor:
-        return _FitSlope.apply(magnitude)  # pyright: ignore[reportReturnType]
+        return 1 / ((1 + magnitude) * self._ratio(magnitude))
 
     def _eta(self, magnitude: Tensor) -> Tensor:
-        wide = magnitude.double()
-        eta = solve_eta(wide, fit_slope, lambda eta: eta * fit_bend(eta) / fit_slope(eta))
-        return eta.to(magnitude.dtype)
+        return magnitude * ((1 + magnitude) * self._ratio(magnitude))
+
+    def _ratio(self, magnitude: Tensor) -> Tensor:
+        # 1 to rounding at the ends of the table; where w is 0, log would be infinite and so its derivative
+        inside = torch.where(magnitude > 0, magnitude, 1e-36)
+        return _fit_table()(inside.log().clamp(-_LOGS, _LOGS))
 
     def _dual(self, eta: Tensor) -> Tensor:
         k1, k2, k3 = _FIT
@@ -115,27 +117,6 @@ def fit_bend(eta: Tensor) -> Tensor:
     return first * (k3 * (1 - 2 * gate) - 1) / eta - (1 + eta).pow(-2)
 
 
-class _FitSlope(torch.autograd.Function):
-    """``w / eta(w) = sqrt(f'(eta))``, with its derivative by the implicit function theorem."""
-
-    @staticmethod
-    def forward(ctx: Any, magnitude: Tensor) -> Tensor:
-        wide = magnitude.double()
-        eta = solve_eta(wide, fit_slope, lambda eta: eta * fit_bend(eta) / fit_slope(eta))
-        slope = torch.where(wide > 0, fit_slope(eta).sqrt(), 1.0)
-        ctx.save_for_backward(eta, slope)
-        return slope.to(magnitude.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        eta, slope = ctx.saved_tensors
-        bend = fit_bend(eta)
-        # slope = sqrt(f') and w = eta slope: their derivatives in eta are f'' / (2 slope) and slope plus eta
-        # times that
-        derivative = bend / (2 * slope * slope + eta * bend)
-        return grad * derivative.to(grad.dtype)
-
-
 def solve_eta(w: Tensor, slope: Scalar, elasticity: Scalar) -> Tensor:
     """The eta with ``eta sqrt(f'(eta)) = w``: Newton's method in logarithms, from ``w (1 + w)``; 0 at 0.
 
@@ -149,6 +130,18 @@ def solve_eta(w: Tensor, slope: Scalar, elasticity: Scalar) -> Tensor:
         miss = w.log() - eta.log() - slope(eta).log() / 2
         eta = eta * (miss / (1 + elasticity(eta).clamp(min=-1.2) / 2)).exp()
     return torch.where(w > 0, eta, 0.0)
+
+
+@functools.cache
+def _fit_table() -> Table:
+    """``eta / (w (1 + w))`` of the fit over log w; its power of w near 0 suits no other scale."""
+
+    def ratio(logs: Tensor) -> Tensor:
+        w = logs.exp()
+        eta = solve_eta(w, fit_slope, lambda eta: eta * fit_bend(eta) / fit_slope(eta))
+        return eta / (w * (1 + w))
+
+    return Table(ratio, -_LOGS, _LOGS, 2048, 9)
 
 
 @functools.cache
