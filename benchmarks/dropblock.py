@@ -200,7 +200,7 @@ def show(rows: Sequence[dict[str, Any]], compiled: bool) -> None:
         what = "forward and backward" if backward else "forward"
         labels = [f"{'x'.join(map(str, r['shape']))} {r['dtype']} k={r['block']}" for r in chosen]
         _timing.table(
-            f"{what}: ms; [over fallow, or over x * scalar for fallow's own]; memory beside the result",
+            f"{what}: ms; over fallow, or over x * scalar for fallow's own; memory beside the result",
             ("arm", *labels),
             [(name, *(_cell(row, name) for row in chosen)) for name in names],
         )
