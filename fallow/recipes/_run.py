@@ -103,6 +103,10 @@ class RunFolder:
         text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
         self._write(name, lambda file: file.write(text.encode()))
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all."""
+        self._write(name, lambda file: file.write(content))
+
     def write_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Write a state dict as safetensors."""
         save = need("safetensors.torch", "lab").save

@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from fallow.data import NAMES
-from fallow.errors import ArgumentError, UsageError, check_choice, check_count, nearest
+from fallow.errors import ArgumentError, FallowError, UsageError, check_choice, check_count, nearest
 from fallow.models import FEEDFORWARD, MODELS
 from fallow.penalties.registry import NAMES as PENALTIES
 from fallow.penalties.registry import penalty
+from fallow.penalties.separable import Separable
 from fallow.recipes._config import device_of, option
-from fallow.sparsity.control import CONTROLS, target_of
+from fallow.sparsity.control import CONTROLS
 from fallow.sparsity.methods import METHODS
+from fallow.sparsity.weights import GROUPS
 
 OPTIMISERS = ("adam", "sgd")
 MAGNITUDE = "magnitude"
+_SINGLE = [name for name, entry in PENALTIES.items() if entry.separable and name != "vectorard"]
+_AT_LEAST = {"epochs": 1, "batch_size": 2, "threads": 1, "checkpoint_every": 1, "train_size": 1, "seed": 0}
 _LISTED = f"{', '.join((*FEEDFORWARD, *MODELS))}, timm:NAME, torchvision:NAME or the folder of a run"
 
 
@@ -35,7 +39,7 @@ class SparseConfig:
     model: str = option(f"Model: {_LISTED}.", "lenet300")
     weights: str | None = option("Local .safetensors or .pt file to begin with [random; the run's].")
     strategy: str = option(
-        f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(PENALTIES)}.",
+        f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(_SINGLE)}.",
         "logsum",
     )
     strength: float = option("What the penalty is multiplied by.", 1e-3)
@@ -101,20 +105,38 @@ def strategy_of(text: str) -> Any:
     """A penalty from ``NAME`` or ``NAME:KEY=VALUE,...``.
 
     Raises:
-        UsageError: an unknown name or parameter, or a value that it cannot have.
+        UsageError: an unknown name or parameter, a value that it cannot have, a penalty of whole vectors.
 
     Examples:
         >>> strategy_of("logsum:eps=0.5")
         LogSum(eps=0.5)
     """
     name, _, rest = text.partition(":")
-    values: dict[str, float] = {}
+    values: dict[str, float | int] = {}
     for part in rest.split(",") if rest else ():
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+.\deE]+)\s*", part)
-        if found is None:
+        key, _, value = part.partition("=")
+        number = _number(value.strip())
+        if number is None or not key.strip():
             raise UsageError(f"--strategy takes NAME:KEY=VALUE,... with numbers, got {part!r} in {text!r}")
-        values[found[1]] = float(found[2])
-    return penalty(name, **values)
+        values[key.strip()] = number
+    try:
+        found = penalty(name, **values)
+    except FallowError as error:
+        raise UsageError(f"--strategy {text}: {error}") from None
+    if not isinstance(found, Separable):
+        raise UsageError(
+            f"--strategy {text} is a penalty of whole vectors: take one of single weights, "
+            f"{', '.join(_SINGLE)}, or {MAGNITUDE}, which keeps the largest"
+        )
+    return found
+
+
+def _number(text: str) -> float | int | None:
+    """A number, whole where it is written so; None where it is none."""
+    try:
+        return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+    except ValueError:
+        return None
 
 
 def _check(config: SparseConfig) -> None:
@@ -124,7 +146,7 @@ def _check(config: SparseConfig) -> None:
     check_choice("--method", config.method, METHODS)
     check_choice("--control", config.control, CONTROLS)
     check_choice("--optimiser", config.optimiser, OPTIMISERS)
-    for name, least in {"epochs": 1, "batch_size": 2, "threads": 1, "checkpoint_every": 1, "seed": 0}.items():
+    for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         if value is not None:
             check_count("--" + name.replace("_", "-"), value, least)
@@ -135,11 +157,39 @@ def _check(config: SparseConfig) -> None:
             raise UsageError(f"{flag} must be a number of at least 0, got {value}")
     if not 0 <= config.cut < 1:
         raise UsageError(f"--cut must be a survival rate in [0, 1), got {config.cut}")
-    if config.target is not None:
-        target_of(config.target, 1, config.control, config.ramp_begin, config.ramp_end, None)
-    if config.strategy == MAGNITUDE and config.target is None and ":" not in config.groups:
+    if config.learning_rate == 0:
+        raise UsageError("--learning-rate must be above 0")
+    _check_target(config)
+    config.penalty()
+
+
+def _check_target(config: SparseConfig) -> None:
+    """Refuse groups, targets and ramps that cannot be or that contradict each other."""
+    blocks = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", config.groups)
+    if blocks is None:
+        check_choice("--groups", config.groups, (*GROUPS, "N:M"))
+    elif int(blocks[1]) >= int(blocks[2]):
+        raise UsageError(f"--groups N:M keeps N of M neighbours, N below M, got {config.groups}")
+    elif config.target is not None:
+        raise UsageError(
+            f"--groups {config.groups} says how many weights are zero, "
+            f"{1 - int(blocks[1]) / int(blocks[2]):.4g} of them: leave out --target"
+        )
+    if config.target is not None and not 0 < config.target < 1:
+        raise UsageError(
+            f"--target is the share of the weights to be zero, between 0 and 1, got {config.target}"
+        )
+    if not 0 <= config.ramp_begin <= config.ramp_end <= 1:
+        raise UsageError(
+            "--ramp-begin and --ramp-end are parts of the training, 0 <= begin <= end <= 1, got "
+            f"{config.ramp_begin} and {config.ramp_end}"
+        )
+    if config.strategy == MAGNITUDE and config.target is None and blocks is None:
         raise UsageError(
             f"--strategy {MAGNITUDE} needs --target, the share of weights to be zero: nothing else says how "
             "many go"
         )
-    config.penalty()
+    if config.control == "strength" and config.target is None and blocks is None:
+        raise UsageError("--control strength follows a target: pass --target, the share to be zero")
+    if config.control == "strength" and config.strategy == MAGNITUDE:
+        raise UsageError(f"--strategy {MAGNITUDE} has no strength to control: leave out --control")

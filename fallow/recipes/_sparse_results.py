@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import FallowError
+from fallow.errors import FallowError, RunError
+from fallow.penalties.separable import Separable
 from fallow.recipes._measure import median
-from fallow.recipes._run import RunFolder
+from fallow.recipes._run import WEIGHTS, RunFolder
 from fallow.sparsity import Sparsifier
 
 if TYPE_CHECKING:
-    from fallow.recipes.sparsify import Job
+    from fallow.recipes._sparse_job import Job
+    from fallow.sparsity.shrink import Shrunk
 
 SMALL, SPARSE = "small", "sparse.pt"
 _LATENCY_ROWS, _LATENCY_PAIRS = 128, 15
-_BINS = 60
+_BINS, _POINTS = 60, 60
+_DECADES = 4  # of magnitudes below the largest over which the curves are drawn at least
 
 
 def weights(run: Sparsifier) -> dict[str, Any]:
@@ -51,14 +56,42 @@ def weights(run: Sparsifier) -> dict[str, Any]:
 
 
 def histogram(parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """How many weights have a magnitude between which powers of ten, and how many are zero."""
+    """How many weights have a magnitude between which powers of ten, and how many are zero.
+
+    The thousandth of smallest magnitude stands in the first band.
+    """
     flat = torch.cat([p.detach().abs().flatten().float().cpu() for p in parameters])
     logs = flat[flat > 0].log10()
     if not len(logs):
         return {"zeros": len(flat), "low": 0.0, "high": 0.0, "counts": []}
-    low, high = float(logs.quantile(0.001) if len(logs) < 1e7 else logs.min()), float(logs.max())
-    counts = torch.histc(logs.clamp(min=low), _BINS, low, max(high, low + 1e-6))
+    low = float(logs.kthvalue(1 + len(logs) // 1000).values)
+    high = max(float(logs.max()), low + 1e-6)
+    counts = torch.histc(logs.clamp(min=low), _BINS, low, high)
     return {"zeros": len(flat) - len(logs), "low": low, "high": high, "counts": counts.int().tolist()}
+
+
+def curves(run: Sparsifier, strategy: Any) -> dict[str, Any] | None:
+    """The penalty and its strategy over the magnitudes there are; None where no weight has its own.
+
+    The strategy is the survival rate ``eta / (eta + strength)`` at the strength in force.
+    """
+    if not isinstance(strategy, Separable):
+        return None
+    high = max(max(float(weight.magnitude().max()) for weight in run.weights), 1e-6)
+    seen = 10.0 ** histogram([weight.parameter for weight in run.weights])["low"]
+    low = min(max(seen, high * 1e-8), high * 10.0**-_DECADES)
+    magnitude = torch.logspace(math.log10(low), math.log10(high), _POINTS, dtype=torch.float64)
+    strength = run.current_strength
+    rate = strategy.survival_rate(magnitude, strength) if strength > 0 else torch.ones_like(magnitude)
+    return {
+        "name": str(strategy),
+        "of": "weights" if run.weights[0].axis is None else "groups",
+        "strength": strength,
+        "cut": None if run.target is not None else run.cut,
+        "magnitude": magnitude.tolist(),
+        "penalty": strategy.value(magnitude).tolist(),
+        "survival_rate": rate.tolist(),
+    }
 
 
 def shrunk(job: Job, folder: RunFolder) -> dict[str, Any]:
@@ -66,26 +99,35 @@ def shrunk(job: Job, folder: RunFolder) -> dict[str, Any]:
 
     What cannot be shrunk is said, not raised: the run has its masked weights in any case.
     """
-    example = job.batches.example()
-    write_sparse(job.run, folder.path / SPARSE)
-    found: dict[str, Any] = {"bytes": {"sparse": os.path.getsize(folder.path / SPARSE)}}
+    folder.write_bytes(SPARSE, sparse(job.run))
+    found: dict[str, Any] = {"bytes": {"dense": _size(folder, WEIGHTS), "sparse": _size(folder, SPARSE)}}
     try:
-        small = job.run.shrink(example)
+        small = job.run.shrink(job.batches.example())
     except FallowError as error:
         return found | {"failed": str(error)}
-    small.save(folder.path / SMALL)
+    try:
+        saved = small.save(folder.path / SMALL)
+    except (OSError, RuntimeError) as error:  # torch hides a full disk in the latter
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"{folder.path / SMALL} could not be written ({first}): make room there, then continue with "
+            f"{folder.again}"
+        ) from error
+    found["bytes"]["small"] = os.path.getsize(saved.weights)
+    return found | {"exported": saved.note} | _compared(job, small)
+
+
+def _compared(job: Job, small: Shrunk) -> dict[str, Any]:
+    """Sizes, times and outputs of the model with its zeros and of the smaller one."""
     batches = [x for x, _ in job.batches.evaluated("test")]
     x = torch.cat(batches)[:_LATENCY_ROWS]
     model, smaller = job.model.eval(), small.model.eval()
     with torch.no_grad():
         difference = max(float((model(b) - smaller(b)).abs().max()) for b in batches)
         largest = max(float(model(b).abs().max()) for b in batches)
-    dense, less = latencies([lambda: model(x), lambda: smaller(x)])
-    found["bytes"] |= {
-        "dense": _bytes(model),
-        "small": _bytes(smaller),
-    }
-    return found | {
+    # on an accelerator the copy back waits for the end
+    dense, less = latencies([lambda: model(x).cpu(), lambda: smaller(x).cpu()])
+    return {
         "parameters": {
             "dense": sum(p.numel() for p in model.parameters()),
             "small": sum(p.numel() for p in smaller.parameters()),
@@ -99,8 +141,8 @@ def shrunk(job: Job, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def write_sparse(run: Sparsifier, path: Path) -> None:
-    """The state dict with sparse weights as CSR matrices, rows being outputs; for `torch.load`.
+def sparse(run: Sparsifier) -> bytes:
+    """A file of the state dict with sparse weights as CSR matrices, rows being outputs; for `torch.load`.
 
     A convolution's weight is its matrix of filters; the shapes stand under ``"shapes"``.
     """
@@ -111,17 +153,27 @@ def write_sparse(run: Sparsifier, path: Path) -> None:
         value = value.detach().cpu()
         if name in names:
             shapes[name] = [*value.shape]
-            matrix = value.flatten(1).contiguous()
-            csr = matrix.to_sparse_csr()
-            value = torch.sparse_csr_tensor(
-                csr.crow_indices().int(), csr.col_indices().int(), csr.values(), matrix.shape
-            )
+            value = _rows(value.flatten(1).contiguous())
         state[name] = value
-    torch.save({"state": state, "shapes": shapes}, path)
+    content = io.BytesIO()
+    torch.save({"state": state, "shapes": shapes}, content)
+    return content.getvalue()
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+def _rows(matrix: Tensor) -> Tensor:
+    """A matrix as CSR with 32-bit indices."""
+    with warnings.catch_warnings():
+        # Torch says at the first CSR tensor of a process that the layout is in beta, and that its invariants
+        # are not checked: nothing here rests on either, and the user can do nothing about them.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+        csr = matrix.to_sparse_csr()
+        rows, columns = csr.crow_indices().int(), csr.col_indices().int()
+        return torch.sparse_csr_tensor(rows, columns, csr.values(), matrix.shape, check_invariants=True)
+
+
+def _size(folder: RunFolder, name: str) -> int:
+    return os.path.getsize(folder.path / name)
 
 
 def latencies(calls: list[Callable[[], Any]]) -> list[float]:

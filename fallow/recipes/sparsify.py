@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +18,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fallow import data
 from fallow.errors import FallowError, RunError, UsageError
-from fallow.integrations.loading import channels_taken, load_model, run_config
-from fallow.recipes import _results, _sparse_results
+from fallow.recipes import _sparse_results
 from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._job import surroundings
-from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder, first_free
+from fallow.recipes._run import WEIGHTS, RunFolder, first_free
 from fallow.recipes._sparse_config import SparseConfig
+from fallow.recipes._sparse_job import (
+    KIND,
+    Job,
+    NotFinite,
+    checkpoint,
+    prepare,
+    refuse_not_finite,
+    restore,
+    write,
+)
 from fallow.recipes._stop import Interrupted, asked_to_stop
 from fallow.recipes.show import Show, Silent
-from fallow.sparsity import Sparsifier
-from fallow.sparsity import sparsify as start
 
 __all__ = ["Interrupted", "SparseConfig", "resume", "sparsify"]
-
-KIND = "sparsify"
-
-
-@dataclass
-class Job:
-    """A sparsification in memory.
-
-    Attributes:
-        run: what makes the model sparse.
-        step: steps done.
-        total: steps in all.
-        epochs: a record of each epoch.
-        loss: sum of the batch losses of this epoch, and how many.
-        provenance: of the results.
-    """
-
-    config: SparseConfig
-    batches: Batches
-    model: nn.Module
-    optimiser: torch.optim.Optimizer
-    run: Sparsifier
-    step: int
-    total: int
-    epochs: list[dict[str, Any]]
-    loss: list[float]
-    provenance: dict[str, Any]
 
 
 def sparsify(
@@ -85,18 +63,25 @@ def sparsify(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     config = config.settled()
-    name = Path(config.model).name if run_config(config.model) else config.model
-    folder = _folder(out if out is not None else first_free(config.data, f"{name}-sparse"))
-    folder.refuse_used()
+    if out is not None:
+        _folder(out).refuse_used()
     with surroundings(config):
-        job = _prepare(config, command)
-        folder.create({"recipe": KIND, **config.as_dict()})
+        job, begin = prepare(config, command)
+        folder = _folder(out if out is not None else first_free(config.data, f"{begin.model}-sparse"))
+        folder.create({"recipe": KIND, "network": begin.model, **config.as_dict()})
         _run(job, folder, show or Silent())
     return folder.path
 
 
 def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
     """Continue a run from its last whole checkpoint, bit for bit; from the start where it has none yet.
+
+    Args:
+        run: its folder. A run that is done is left as it is.
+        show: where progress goes; None: nowhere.
+
+    Returns:
+        The run's folder.
 
     Raises:
         UsageError: no such run is there, or the data set is not the one it began with.
@@ -107,6 +92,7 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
     given = folder.config()
     if given.pop("recipe", None) != KIND:
         raise UsageError(f"{run} is no run of fallow sparsify: continue it with fallow train --resume {run}")
+    given.pop("network", None)
     config = SparseConfig.of(given).settled()
     if folder.status() == "done":
         show.say(f"the run in {folder.path} is done already")
@@ -114,12 +100,12 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
     folder.remove_temporaries()
     state = folder.read_state(show.say)
     with surroundings(config):
-        job = _prepare(config, "fallow sparsify")
+        job, _ = prepare(config, "fallow sparsify")
         if state is None:
             show.say(f"{folder.path} has no checkpoint yet: starting over")
         else:
             show.say(f"going on from step {state['step']} of {job.total}")
-            _restore(job, state)
+            restore(job, state)
         _run(job, folder, show)
     return folder.path
 
@@ -128,111 +114,85 @@ def _folder(path: str | os.PathLike[str]) -> RunFolder:
     return RunFolder(path, f"fallow sparsify --resume {path}")
 
 
-def _prepare(config: SparseConfig, command: str) -> Job:
-    """Data, model and strategy of a settled configuration; refuses what cannot be before any step."""
-    before = run_config(config.model)
-    source = config.model if before is None else str(before.get("model"))
-    dataset = data.load(
-        config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
-    )
-    dataset = dataset.with_channels(channels_taken(source, dataset.channels))
-    batches = Batches(dataset, config)
-    model = load_model(
-        config.model,
-        classes=dataset.classes,
-        channels=dataset.channels,
-        image=dataset.size,
-        weights=config.weights,
-        seed=seed_of(config.seed, "weights"),
-    )
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=config.device, memory_format=layout).train()  # type: ignore[call-overload]
-    total = config.epochs * batches.per_epoch
-    optimiser = _optimiser(model, config)
-    run = start(
-        model,
-        strategy=config.penalty(),
-        strength=config.strength,
-        method=config.method,
-        groups=config.groups,
-        target=config.target,
-        steps=total,
-        control=config.control,
-        ramp=(config.ramp_begin, config.ramp_end),
-        cut=config.cut,
-        include=config.include or None,
-        exclude=config.exclude or None,
-        optimiser=optimiser,
-    )
-    own = [*run.parameters()]
-    if own:
-        optimiser.add_param_group({"params": own, "weight_decay": 0.0})
-    provenance = _results.provenance(config, batches, command, _results.now())
-    return Job(config, batches, model, optimiser, run, 0, total, [], [0.0, 0.0], provenance)
-
-
-def _optimiser(model: nn.Module, config: SparseConfig) -> torch.optim.Optimizer:
-    assert config.learning_rate is not None
-    if config.optimiser == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
-        )
-    return torch.optim.Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-
-
 def _run(job: Job, folder: RunFolder, show: Show) -> None:
     """The loop, and the note of how it ended; every way out leaves whole files."""
-    _write(job, folder, "running")
+    write(job, folder, "running")
     show.begin(job.step, job.total)
     try:
         _loop(job, folder, show)
         found = _finish(job, folder)
-        _write(job, folder, "done", **found)
+        write(job, folder, "done", **found)
     except Interrupted as stop:
         _note(job, folder, "interrupted", str(stop))
         raise
-    except (RunError, torch.OutOfMemoryError, MemoryError) as error:
-        kept = "the last good checkpoint is kept" if folder.has_state() else "there is no checkpoint yet"
-        text = str(error) if isinstance(error, RunError) else f"not enough memory at step {job.step}"
-        _note(job, folder, "failed", text)
-        raise RunError(f"{text}: {kept} in {folder.path}") from error
+    except (FallowError, torch.OutOfMemoryError, MemoryError) as error:
+        failure = _failure(error, job, folder)
+        _note(job, folder, "failed", str(failure))
+        raise failure from error
     finally:
         show.end()
 
 
+def _failure(error: BaseException, job: Job, folder: RunFolder) -> RunError:
+    """The error in words that say what is left and what to do."""
+    kept = "the last good checkpoint is kept" if folder.has_state() else "there is no checkpoint yet"
+    if isinstance(error, NotFinite):
+        return RunError(f"{error}: {kept} in {folder.path}. Start anew with a lower --learning-rate")
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, FallowError):
+        return RunError(f"{error}: {kept} in {folder.path}")
+    return RunError(
+        f"not enough memory at step {job.step}: {kept} in {folder.path}. Take a smaller --batch-size"
+    )
+
+
 def _loop(job: Job, folder: RunFolder, show: Show) -> None:
     """Train from `job.step` to the last step."""
-    config, batches, run = job.config, job.batches, job.run
-    every = config.checkpoint_every or batches.per_epoch
+    batches = job.batches
+    every = job.config.checkpoint_every or batches.per_epoch
     with asked_to_stop() as asked:
-        for step in range(job.step, job.total):
-            x, y = batches.at(step)
-            rate = _rate(config, step // batches.per_epoch)
-            for group in job.optimiser.param_groups:
-                group["lr"] = rate
-            job.optimiser.zero_grad(set_to_none=True)
-            error = F.cross_entropy(job.model(x), y)
-            (error + run.penalty()).backward()
-            job.optimiser.step()
-            run.update()
-            loss = float(error.detach())
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss is {loss} at step {step + 1}: start anew with a lower --learning-rate"
-                )
-            job.loss = [job.loss[0] + loss, job.loss[1] + 1]
-            job.step = step + 1
+        while job.step < job.total:
+            rate = _rate(job.config, job.step // batches.per_epoch)
+            loss = _step(job, rate)
             show.step(job.step, f"loss {loss:.4f}")
             if job.step % batches.per_epoch == 0:
                 show.epoch(_close_epoch(job, rate))
             if asked or job.step % every == 0 or job.step == job.total:
-                _checkpoint(job, folder)
+                checkpoint(job, folder)
             if asked and job.step < job.total:
                 raise Interrupted(
                     f"interrupted after step {job.step} of {job.total}; a checkpoint is written. "
                     f"Continue with {folder.again}",
                     asked[0],
                 )
+
+
+def _step(job: Job, rate: float) -> float:
+    """One step of the optimiser and of the strategy; the loss without the penalty.
+
+    Raises:
+        NotFinite: of the loss, before any weight has moved; or of a weight.
+    """
+    x, y = job.batches.at(job.step)
+    for group in job.optimiser.param_groups:
+        group["lr"] = rate
+    job.optimiser.zero_grad(set_to_none=True)
+    torch.manual_seed(seed_of(job.config.seed, "dropout", job.step))
+    error = F.cross_entropy(job.model(x), y)
+    loss = float(error.detach())
+    if not math.isfinite(loss):
+        raise NotFinite(f"the loss became {loss} at step {job.step + 1}")
+    (error + job.run.penalty()).backward()
+    job.optimiser.step()
+    job.step += 1
+    try:
+        job.run.update()
+    except FallowError:  # as a rule weights that are NaN; else what it says is for us to know
+        refuse_not_finite(job)
+        raise
+    job.loss = [job.loss[0] + loss, job.loss[1] + 1]
+    return loss
 
 
 def _rate(config: SparseConfig, epoch: int) -> float:
@@ -244,6 +204,7 @@ def _rate(config: SparseConfig, epoch: int) -> float:
 def _close_epoch(job: Job, rate: float) -> str:
     """Validate the model with what is cut set to zero; note it and put it in words."""
     run = job.run
+    refuse_not_finite(job)
     with _as_cut(job) as model:
         error = error_of(model, job.batches, "validation")
     record = {
@@ -299,47 +260,7 @@ def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
     return {"test": test, "small": small}
 
 
-# --- checkpoints and results -------------------------------------------------------------------------------
-
-
-def _checkpoint(job: Job, folder: RunFolder) -> None:
-    state = {
-        "step": job.step,
-        "model": job.model.state_dict(),
-        "optimiser": job.optimiser.state_dict(),
-        "run": job.run.state_dict(),
-        "epochs": job.epochs,
-        "loss": job.loss,
-        "provenance": job.provenance,
-        "fingerprint": job.batches.dataset.fingerprint,
-    }
-    folder.write_state(state)
-    _write(job, folder, "running")
-
-
-def _restore(job: Job, state: dict[str, Any]) -> None:
-    if state["fingerprint"] != job.batches.dataset.fingerprint:
-        raise UsageError(
-            f"the images of {job.config.data} are not those the run began with (their fingerprint differs): "
-            "restore the files, or start a new run"
-        )
-    job.model.load_state_dict(state["model"])
-    job.optimiser.load_state_dict(state["optimiser"])
-    job.run.load_state_dict(state["run"])
-    job.step, job.epochs, job.loss = int(state["step"]), state["epochs"], state["loss"]
-    job.provenance = state["provenance"]
-
-
-def _write(job: Job, folder: RunFolder, status: str, **more: Any) -> None:
-    results: dict[str, Any] = {"schema": _results.SCHEMA, "kind": KIND, "status": status, **more}
-    results |= {"config": job.config.as_dict(), "provenance": job.provenance, "epochs": job.epochs}
-    results |= _sparse_results.weights(job.run)
-    if status == "done":
-        results["provenance"] = {**job.provenance, "finished": _results.now()}
-    folder.write_json(RESULTS, results)
-
-
 def _note(job: Job, folder: RunFolder, status: str, message: str) -> None:
     """Note in the results how a run ended; a full disk must not hide why."""
     with contextlib.suppress(FallowError):
-        _write(job, folder, status, message=message)
+        write(job, folder, status, message=message)

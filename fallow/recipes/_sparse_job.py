@@ -1,0 +1,236 @@
+"""A sparsification in memory: from its options, and to and from its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fallow import data
+from fallow.errors import DataError, RunError, UsageError
+from fallow.integrations.loading import channels_taken, load_model, run_config
+from fallow.recipes import _results, _sparse_results
+from fallow.recipes._batches import Batches, seed_of
+from fallow.recipes._run import CONFIG, RESULTS, WEIGHTS, RunFolder
+from fallow.recipes._sparse_config import SparseConfig
+from fallow.sparsity import Sparsifier
+from fallow.sparsity import sparsify as start
+from fallow.sparsity.weights import weights_of
+
+KIND = "sparsify"
+
+
+class NotFinite(RunError):
+    """A loss or a weight that is not a finite number."""
+
+
+@dataclass
+class Job:
+    """A sparsification in memory.
+
+    Attributes:
+        run: what makes the model sparse.
+        step: steps done.
+        total: steps in all.
+        epochs: a record of each epoch.
+        loss: sum of the batch losses of this epoch, and how many.
+        provenance: of the results.
+    """
+
+    config: SparseConfig
+    batches: Batches
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    run: Sparsifier
+    step: int
+    total: int
+    epochs: list[dict[str, Any]]
+    loss: list[float]
+    provenance: dict[str, Any]
+
+
+# --- what it starts from -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `--model` names.
+
+    Attributes:
+        model: a name that `load_model` makes a network from.
+        weights: what it begins with; None: random ones, or what `--weights` says.
+    """
+
+    model: str
+    weights: Path | None = None
+
+
+def origin(config: SparseConfig) -> Origin:
+    """The network's own name, and the weights of the run that trained it where there is one.
+
+    Raises:
+        UsageError: a run that has no weights yet.
+        DataError: a configuration that cannot be read.
+    """
+    folder = Path(config.model).expanduser()
+    before = run_config(config.model)
+    if before is not None:
+        return Origin(str(before["model"]), _weights_in(folder, "fallow train"))
+    found = sparse_run(folder)
+    if found is None:
+        return Origin(config.model)
+    return Origin(str(found["network"]), _weights_in(folder, "fallow sparsify"))
+
+
+def sparse_run(folder: Path) -> dict[str, Any] | None:
+    """The configuration in the folder of a run of `fallow sparsify`; None for what is no such folder."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): restore it") from None
+    known = isinstance(found, dict) and found.get("recipe") == KIND and "network" in found
+    return found if known else None
+
+
+def _weights_in(folder: Path, command: str) -> Path:
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(
+            f"the run in {folder} has no {WEIGHTS} yet: bring it to its end with {command} --resume {folder}"
+        )
+    return folder / WEIGHTS
+
+
+def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
+    """Data, model and strategy of a settled configuration; refuses what cannot be before any step."""
+    begin = origin(config)
+    dataset = data.load(
+        config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
+    )
+    weights = config.weights if config.weights is not None else begin.weights
+    dataset = dataset.with_channels(channels_taken(begin.model, dataset.channels, weights))
+    batches = Batches(dataset, config)
+    model = load_model(
+        begin.model,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        image=dataset.size,
+        weights=weights,
+        seed=seed_of(config.seed, "weights"),
+    )
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=config.device, memory_format=layout).train()  # type: ignore[call-overload]
+    _refuse_patterns(model, config)
+    total = config.epochs * batches.per_epoch
+    optimiser = _optimiser(model, config)
+    run = start(
+        model,
+        strategy=config.penalty(),
+        strength=config.strength,
+        method=config.method,
+        groups=config.groups,
+        target=config.target,
+        steps=total,
+        control=config.control,
+        ramp=(config.ramp_begin, config.ramp_end),
+        cut=config.cut,
+        include=config.include or None,
+        exclude=config.exclude or None,
+        optimiser=optimiser,
+    )
+    own = [*run.parameters()]
+    if own:
+        optimiser.add_param_group({"params": own, "weight_decay": 0.0})
+    provenance = _results.provenance(config, batches, command, _results.now())
+    return Job(config, batches, model, optimiser, run, 0, total, [], [0.0, 0.0], provenance), begin
+
+
+def _refuse_patterns(model: nn.Module, config: SparseConfig) -> None:
+    """Refuse what matches nothing, or what cannot be made sparse, by the name of the flag."""
+    for flag, patterns in (("--include", config.include), ("--exclude", config.exclude)):
+        for pattern in patterns:
+            try:
+                weights_of(model, groups=config.groups, include=pattern)
+            except UsageError as error:
+                raise UsageError(f"{flag} {pattern}: {error}") from None
+
+
+def _optimiser(model: nn.Module, config: SparseConfig) -> torch.optim.Optimizer:
+    assert config.learning_rate is not None
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+
+
+# --- checkpoints and results -------------------------------------------------------------------------------
+
+
+def checkpoint(job: Job, folder: RunFolder) -> None:
+    """Write the state and the results so far.
+
+    Raises:
+        NotFinite: a weight is not finite; the checkpoint before stays.
+        RunError: the disk refused.
+    """
+    refuse_not_finite(job)
+    folder.write_state(
+        {
+            "step": job.step,
+            "model": job.model.state_dict(),
+            "optimiser": job.optimiser.state_dict(),
+            "run": job.run.state_dict(),
+            "epochs": job.epochs,
+            "loss": job.loss,
+            "provenance": job.provenance,
+            "fingerprint": job.batches.dataset.fingerprint,
+        }
+    )
+    write(job, folder, "running")
+
+
+def refuse_not_finite(job: Job) -> None:
+    """Refuse weights that are not finite, before they become a checkpoint or a result.
+
+    Raises:
+        NotFinite: which, and after which step.
+    """
+    for name, value in job.model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NotFinite(f"the weight {name} became infinite or NaN at step {job.step}")
+
+
+def restore(job: Job, state: dict[str, Any]) -> None:
+    """Bring a prepared run to where a checkpoint was written.
+
+    Raises:
+        UsageError: the images are not those the run began with.
+    """
+    if state["fingerprint"] != job.batches.dataset.fingerprint:
+        raise UsageError(
+            f"the images of {job.config.data} are not those the run began with (their fingerprint differs): "
+            "restore the files, or start a new run"
+        )
+    job.model.load_state_dict(state["model"])
+    job.optimiser.load_state_dict(state["optimiser"])
+    job.run.load_state_dict(state["run"])
+    job.step, job.epochs, job.loss = int(state["step"]), state["epochs"], state["loss"]
+    job.provenance = state["provenance"]
+
+
+def write(job: Job, folder: RunFolder, status: str, **more: Any) -> None:
+    """Write results.json; `more` goes in as it is."""
+    results: dict[str, Any] = {"schema": _results.SCHEMA, "kind": KIND, "status": status, **more}
+    results |= {"config": job.config.as_dict(), "provenance": job.provenance, "epochs": job.epochs}
+    results |= _sparse_results.weights(job.run)
+    results["curves"] = _sparse_results.curves(job.run, job.config.penalty())
+    if status == "done":
+        results["provenance"] = {**job.provenance, "finished": _results.now()}
+    folder.write_json(RESULTS, results)
