@@ -147,7 +147,7 @@ def _reduced(step: Step, out: list[Tensor]) -> list[Info]:
         keep = [d for d in range(ndim) if d not in dims]
         layers = [layer.reshape([layer.shape[d] for d in keep]) for layer in layers]
     known = None
-    if info.known is not None and step.name in ("mean", "sum"):
+    if info.known is not None and step.name in ("mean", "sum", "amax", "amin", "prod", "logsumexp"):
         known = constants.tidy(step.func(info.known, *step.args[1:], **step.kwargs))
     return [Info(layers, known)] + [Info(layers) for _ in out[1:]]
 

@@ -41,7 +41,9 @@ class Decision:
 
 
 class _Solver:
-    def __init__(self, record: Record, extra: Mapping[int, str]) -> None:
+    def __init__(
+        self, record: Record, extra: Mapping[int, str], carriers: Mapping[int, int] | None = None
+    ) -> None:
         self.record, self.labels = record, record.labels
         count = len(self.labels.parent)
         self.gone = torch.ones(count, dtype=torch.bool)
@@ -51,7 +53,11 @@ class _Solver:
         self.gone[list(self.why)] = False
         self.sites = [(s, self._roots(s.inside), self._roots(s.outside)) for s in record.sites]
         self.changed = False
-        self.carriers: dict[int, int] = {}
+        self.carriers: dict[int, int] = dict(carriers or {})
+        for number, carrier in self.carriers.items():
+            self.demote(
+                int(self.sites[number][1][carrier]), f"carries constants to {self.sites[number][0].name}"
+            )
 
     def _roots(self, labels: Tensor) -> Tensor:
         return torch.where(labels >= 0, self.labels.roots(labels.clamp(min=0)), -1)
@@ -191,6 +197,18 @@ class _Solver:
         return sizes
 
     def solve(self) -> Decision:
+        """Take units back until nothing changes; then let the blanks go that what stays made needless."""
+        blanks = -1
+        while True:
+            self._settle()
+            if int(self.blank.sum()) in (0, blanks):
+                return Decision(self.record, self.gone, self.blank, self.why, self.carriers)
+            blanks = int(self.blank.sum())
+            for root in self.blank.nonzero().flatten().tolist():
+                self.why.pop(root, None)
+            self.gone, self.blank = self.gone | self.blank, torch.zeros_like(self.blank)
+
+    def _settle(self) -> None:
         while True:
             self.changed = False
             self.sums()
@@ -199,7 +217,19 @@ class _Solver:
                 if self.changed:
                     break
             if not self.changed:
-                return Decision(self.record, self.gone, self.blank, self.why, self.carriers)
+                return
+
+    def better_carriers(self) -> dict[int, int]:
+        """Constants that stay for other reasons, where one that need not stay was chosen."""
+        found: dict[int, int] = {}
+        for number, carrier in self.carriers.items():
+            site, inside, _ = self.sites[number]
+            present = (inside >= 0) & ~self.gone[inside.clamp(min=0)]
+            present[carrier] = False
+            size = site.constant.abs().nan_to_num(0.0) * present
+            if bool(size.any()) and size.max() >= 1e-2 * site.constant[carrier].abs():
+                found[number] = int(size.argmax())
+        return found
 
 
 def slabs(mask: Tensor, dim: int) -> Tensor:
@@ -229,4 +259,10 @@ def decide(record: Record, extra: Mapping[int, str]) -> Decision:
         record: of a run.
         extra: labels that must stay besides, with reasons.
     """
-    return _Solver(record, extra).solve()
+    solver = _Solver(record, extra)
+    first = solver.solve()
+    better = solver.better_carriers()
+    if not better:
+        return first
+    second = _Solver(record, extra, {**solver.carriers, **better}).solve()
+    return second if int(second.gone.sum()) > int(first.gone.sum()) else first
