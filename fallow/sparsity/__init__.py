@@ -1,5 +1,6 @@
 """From training with a penalty or an adaptive dropout to a smaller dense model."""
 
+from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.regression import Fit, irls, proximal, variable_projection
 from fallow.sparsity.shrink import Shrunk, shrink
 from fallow.sparsity.shrinking.files import Saved, load
@@ -8,6 +9,7 @@ from fallow.sparsity.shrinking.plan import apply_plan
 from fallow.sparsity.sparsify import Sparsifier, sparsify
 
 __all__ = [
+    "Curvature",
     "Fit",
     "Left",
     "Saved",

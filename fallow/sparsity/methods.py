@@ -7,6 +7,8 @@ minimise the loss plus ``lam sum_g m Omega(n_g)``, Omega the strategy's penalty,
 - tikhonov: ``lam / 2 sum w^2 / eta``, eta of the last update; the same gradient, one update late.
 - prox: after the optimiser's step of size rho, ``n <- argmin (x - n)^2 / 2 + rho lam Omega(x)``.
 - adaprox: after the step ``w <- w eta / (eta + rho lam)``, eta at w: one multiplication by survival rates.
+- calibrated: ``sum_g m Omega(sqrt(samples h_g) n_g) / samples``, h the curvature of the loss along the
+  weights: what variational dropout minimises once its noise is optimised, without a strength to choose.
 - eta: ``lam / 2 sum_g m (n^2 / eta + f(eta))`` over weights and ``log(eta / lam)`` together.
 
 The factor 1/2 is that of the eta-trick throughout.
@@ -14,6 +16,8 @@ The factor 1/2 is that of the eta-trick throughout.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.errors import UsageError
+from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.weights import Weight
 
 # Survival rates below this are not divided by: lam / eta stays below a thousand.
@@ -81,6 +86,11 @@ class Method:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What the optimiser has to move besides the model's own."""
         return iter(())
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model has nothing of the method about it."""
+        yield
 
     def state(self) -> dict[str, Any]:
         """What the method remembers, as `torch.load` reads it with ``weights_only=True``."""
@@ -214,7 +224,64 @@ class Eta(Method):
                 logit.copy_(state[weight.name])
 
 
+class Calibrated(Method):
+    """The penalty in units of what the data say of each weight; `Curvature` has to watch the model.
+
+    Until the curvature was seen once nothing is penalised.
+
+    References:
+        Derived: with variational dropout's penalty this is its evidence lower bound, for a loss with this
+        curvature, after the noise of each weight is optimised.
+    """
+
+    def __init__(self, *args: Any, curvature: Curvature, samples: int) -> None:
+        super().__init__(*args)
+        self.curvature, self.samples = curvature, samples
+
+    def _scale(self, weight: Weight) -> Tensor | None:
+        """``sqrt(samples h)``, of a group the root mean square."""
+        h = self.curvature.values.get(weight.name)
+        if h is None:
+            return None
+        return math.sqrt(self.samples) * weight.magnitude(h.sqrt())
+
+    def penalty(self, strength: float) -> Tensor | float:
+        """``strength / samples sum_g m Omega(sqrt(samples h) n)``; 1 is variational dropout's strength."""
+        total: Tensor | float = 0.0
+        for weight in self.weights:
+            scale = self._scale(weight)
+            if scale is not None:
+                value = self.strategy.value(_differentiable(weight) * scale).sum()
+                total = total + (value if weight.axis is None else value * weight.members)
+        return total * (strength / self.samples)
+
+    def eta(self, weight: Weight, strength: float) -> Tensor:
+        """In units of the data; infinite, so that nothing is cut, before the curvature is known."""
+        scale = self._scale(weight)
+        if scale is None:
+            return torch.full_like(weight.magnitude(), math.inf)
+        return strength * self.strategy.eta(weight.magnitude() * scale)
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Nothing watches the model."""
+        self.curvature.remove()
+        try:
+            yield
+        finally:
+            self.curvature.attach()
+
+    def state(self) -> dict[str, Any]:
+        """The curvature."""
+        return self.curvature.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Bring it back."""
+        self.curvature.load(state)
+
+
 METHODS: dict[str, type[Method]] = {
+    "calibrated": Calibrated,
     "gradient": Gradient,
     "tikhonov": Tikhonov,
     "prox": Prox,

@@ -15,7 +15,8 @@ from fallow.penalties import Ridge
 from fallow.penalties.registry import penalty
 from fallow.schedules import Schedule
 from fallow.sparsity.control import Target, best_of_blocks, masks_for, share_of_blocks, target_of
-from fallow.sparsity.methods import METHODS, Method, Strategy
+from fallow.sparsity.curvature import Curvature
+from fallow.sparsity.methods import METHODS, Calibrated, Method, Strategy
 from fallow.sparsity.weights import Weight, weights_of
 
 if TYPE_CHECKING:
@@ -25,15 +26,16 @@ CUT = 0.05  # groups that would be kept less often are zero in the end
 # The strength follows the share of zeros: by this factor for a share that is off by 1, within these bounds.
 _GAIN, _MOST = 4.0, 1e6
 _KEYWORDS = (
-    "strategy strength method groups target steps control ramp every optimiser schedule cut include exclude"
+    "strategy strength method groups target steps control ramp every optimiser samples loss schedule cut "
+    "include exclude"
 ).split()
 
 
 def sparsify(
     model: nn.Module,
     *,
-    strategy: str | Strategy = "logsum",
-    strength: float = 1e-3,
+    strategy: str | Strategy | None = None,
+    strength: float | None = None,
     method: str = "gradient",
     groups: str = "weights",
     target: float | None = None,
@@ -42,6 +44,8 @@ def sparsify(
     ramp: tuple[float, float] = (0.1, 0.7),
     every: int | None = None,
     optimiser: torch.optim.Optimizer | None = None,
+    samples: int | None = None,
+    loss: str = "cross_entropy",
     schedule: Schedule | None = None,
     cut: float = CUT,
     include: str | Iterable[str] | None = None,
@@ -56,9 +60,10 @@ def sparsify(
 
     Args:
         model: any module; its parameters stay the same tensors under the same names.
-        strategy: a penalty of `fallow.penalties`, or its name; "magnitude": none, the smallest go.
-        strength: lambda, of a loss that is a mean over samples.
-        method: "gradient", "tikhonov", "prox", "adaprox" or "eta".
+        strategy: a penalty of `fallow.penalties`, or its name; "magnitude": none, the smallest go. None:
+            "logsum", and variational dropout's with "calibrated".
+        strength: lambda, of a loss that is a mean over samples. None: 1e-3, and with "calibrated" 1.
+        method: "gradient", "tikhonov", "prox", "adaprox", "eta" or "calibrated".
         groups: "weights", "outputs" (neurons, filters), "inputs", "heads", or "N:M" such as "2:4": of each M
             neighbours along the inputs at most N are kept.
         target: the share of the chosen weights that is to be zero at the end of `steps`; with "N:M" it
@@ -68,6 +73,8 @@ def sparsify(
         ramp: the parts of the steps at which the ramp begins and ends; what is left trains on after it.
         every: steps between two looks of the controller; None: a two-hundredth of the training.
         optimiser: of the loop; "prox" and "adaprox" take their step size from it.
+        samples: number of training samples; "calibrated" has its strength and its scale from them.
+        loss: of "calibrated": "cross_entropy" of the model's output, or "squared" (half the sum of squares).
         schedule: of `fallow.schedules`, or a function of the step to a factor of the strength.
         cut: survival rate below which a group is zero, without a target.
         include: names or patterns of the parameters to take; None: the weights of linear layers, convolutions
@@ -91,11 +98,13 @@ def sparsify(
         >>> run.update()
     """
     refuse_unknown("sparsify", unknown, _KEYWORDS)
+    check_choice("method", method, METHODS)
+    strategy = strategy or ("vardrop" if method == "calibrated" else "logsum")
+    strength = strength if strength is not None else 1.0 if method == "calibrated" else 1e-3
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
         raise UsageError(f"strength must be finite and not negative, got {strength!r}")
     if not 0 <= cut < 1:
         raise UsageError(f"cut is a survival rate in [0, 1), got {cut!r}")
-    check_choice("method", method, METHODS)
     chosen = weights_of(model, groups=groups, include=include, exclude=exclude)
     share = share_of_blocks(chosen[0]) if target is None and chosen[0].keep else target
     goal = None if share is None else target_of(share, steps, control, *ramp, every)
@@ -103,6 +112,12 @@ def sparsify(
         if goal is None:
             raise UsageError('strategy "magnitude" needs target= and steps=: nothing else says how many go')
         how: Method = Method(chosen, Ridge(), optimiser)
+    elif method == "calibrated":
+        if samples is None:
+            raise UsageError('method "calibrated" needs samples=, how many the model is trained on')
+        count = check_count("samples", samples, 1)
+        curvature = Curvature(model, chosen, loss=loss)
+        how = Calibrated(chosen, _strategy(strategy), optimiser, curvature=curvature, samples=count)
     else:
         how = METHODS[method](chosen, _strategy(strategy), optimiser)
     return Sparsifier(model, chosen, how, float(strength), goal, schedule, float(cut))
@@ -215,6 +230,11 @@ class Sparsifier:
             for weight, mask in zip(self.weights, self._masks, strict=True):
                 weight.parameter.mul_(weight.spread(mask))
 
+    def remove(self) -> None:
+        """Take what watches the model off it, where the method has something ("calibrated")."""
+        if isinstance(self._method, Calibrated):
+            self._method.curvature.remove()
+
     # --- what there is --------------------------------------------------------------------------------------
 
     def survival_rates(self) -> dict[str, Tensor]:
@@ -264,7 +284,8 @@ class Sparsifier:
         before = [weight.parameter.detach().clone() for weight in self.weights]
         try:
             self.harden()
-            return copy.deepcopy(self.model)
+            with self._method.off():
+                return copy.deepcopy(self.model)
         finally:
             with torch.no_grad():
                 for weight, value in zip(self.weights, before, strict=True):
