@@ -53,13 +53,17 @@ class Shrunk:
         """For each layer that lost outputs, how many."""
         return dict(self.plan["removed"])
 
-    def save(self, folder: str | Path) -> Saved:
+    def save(self, folder: str | Path, *, export: bool = True) -> Saved:
         """Write ``weights.pt``, ``plan.json`` and, where torch can export the model, ``model.pt2``.
 
         ``torch.load(weights_only=True)`` reads the first; the last loads without fallow and without the
         model's own code: ``torch.export.load(path).module()``. What became of it is in the result's `note`.
+
+        Args:
+            folder: made if it is not there; files of an earlier model are replaced.
+            export: False leaves ``model.pt2`` out, which takes longest.
         """
-        return write(self.model, self.plan, self.example, Path(folder))
+        return write(self.model, self.plan, self.example if export else None, Path(folder))
 
     def __str__(self) -> str:
         lines = [

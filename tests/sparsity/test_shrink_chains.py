@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shrink_cases import LeNet5, assert_same, deaden, lively, mlp, outputs, reasons, shape, unread, vgg
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from fallow.errors import ArgumentError, UsageError
+from fallow.errors import ArgumentError, RunError, UsageError
 from fallow.sparsity.shrink import shrink
 
 
@@ -56,7 +57,7 @@ def _alive_by_hand(weights: list[Tensor]) -> list[Tensor]:
     return alive[::-1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 0.9), st.sampled_from([nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU]))
 def test_of_random_zeros_exactly_the_dead_neurons_of_a_chain_go(seed: int, share: float, act: type) -> None:
     torch.manual_seed(seed)
@@ -312,3 +313,75 @@ def test_constants_that_differ_between_places_stay() -> None:
     result = shrink(net, torch.randn(2, 5, 4))
     assert not result.removed
     assert reasons(result)["a"] == "a constant that differs between positions where c reads it"
+
+
+def test_half_precision_models_keep_theirs() -> None:
+    net = lively(mlp()).bfloat16()
+    unread(net, "2", [1, 2])
+    result = shrink(net, torch.randn(2, 20))
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    x = torch.randn(4, 20).bfloat16()
+    assert_same(net, result.model, x, tolerance=0.05)
+
+
+def test_parametrized_weights_shrink_below_their_parametrization() -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 0.5
+
+    net = lively(mlp()).double()
+    parametrize.register_parametrization(net[2], "weight", Halved())
+    unread(net, "4", [0, 3])
+    x = torch.randn(3, 20).double()
+    result = shrink(net, x)
+    assert result.model[2].out_features == 10 and result.model[2].weight.shape == (10, 16)  # pyright: ignore
+    assert_same(net, result.model, x)
+
+
+def test_a_model_that_cannot_be_copied_or_draws_random_numbers_is_refused() -> None:
+    net: nn.Module = mlp()
+    prune.l1_unstructured(net[2], "weight", amount=0.5)  # pyright: ignore
+    net(torch.randn(1, 20))
+    with pytest.raises(UsageError, match="make masks permanent first"):
+        shrink(net, torch.randn(1, 20))
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(nn.functional.dropout(self.a(x), 0.5, training=True))
+
+    noisy = lively(Noisy())
+    unread(noisy, "b", [1])
+    with pytest.raises(RunError, match="draws no random numbers in eval mode"):
+        shrink(noisy, torch.randn(2, 4))
+
+
+def test_recurrent_layers_stay_and_what_follows_them_shrinks() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 5, batch_first=True)
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.lstm(x)[0][:, -1]).relu())
+
+    net = lively(Recurrent()).double()
+    unread(net, "b", [1, 4])
+    x = torch.randn(3, 7, 3).double()
+    result = shrink(net, x)
+    assert shape(result.model, "a") == (4, 5)
+    assert_same(net, result.model, x)
+
+
+def test_a_table_of_embeddings_loses_columns() -> None:
+    net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    net = lively(net).double()
+    unread(net, "1", [0, 5])
+    ids = torch.randint(0, 9, (3, 5))
+    result = shrink(net, ids)
+    assert result.model[0].embedding_dim == 4 and shape(result.model, "0") == (9, 4)  # pyright: ignore
+    assert_same(net, result.model, ids)

@@ -53,7 +53,9 @@ def test_a_fresh_dense_model_takes_the_plan_and_the_weights(build, x, dead, laye
     deaden(net, layer, dead, norm)
     result = shrink(net, x)
     assert result.removed
-    result.save(tmp_path)
+    (tmp_path / "model.pt2").write_text("of an earlier model")
+    saved = result.save(tmp_path, export=False)
+    assert saved.exported is None and not (tmp_path / "model.pt2").exists()
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan == result.plan
     fresh = build()

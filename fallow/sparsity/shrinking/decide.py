@@ -40,7 +40,9 @@ class Decision:
         return torch.where(roots >= 0, self.gone[roots.clamp(min=0)], False)
 
 
-class _Solver:
+class Solver:
+    """Holds what goes so far, and takes units back."""
+
     def __init__(
         self, record: Record, extra: Mapping[int, str], carriers: Mapping[int, int] | None = None
     ) -> None:
@@ -259,10 +261,10 @@ def decide(record: Record, extra: Mapping[int, str]) -> Decision:
         record: of a run.
         extra: labels that must stay besides, with reasons.
     """
-    solver = _Solver(record, extra)
+    solver = Solver(record, extra)
     first = solver.solve()
     better = solver.better_carriers()
     if not better:
         return first
-    second = _Solver(record, extra, {**solver.carriers, **better}).solve()
+    second = Solver(record, extra, {**solver.carriers, **better}).solve()
     return second if int(second.gone.sum()) > int(first.gone.sum()) else first

@@ -30,11 +30,14 @@ class Saved:
 
 
 def write(model: nn.Module, plan: Plan, example: Any, folder: Path) -> Saved:
-    """Write a shrunken model to a folder, which is made if it is not there."""
+    """Write a shrunken model to a folder, which is made if it is not there; no example, no export."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, plan_file = folder / _WEIGHTS, folder / _PLAN
     torch.save(model.state_dict(), weights)
     plan_file.write_text(json.dumps(plan))
+    if example is None:
+        (folder / _EXPORTED).unlink(missing_ok=True)
+        return Saved(weights, plan_file, None, f"no {_EXPORTED}: it was not asked for")
     exported, note = _export(model, example, folder / _EXPORTED)
     return Saved(weights, plan_file, exported, note)
 

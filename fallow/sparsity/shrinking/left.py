@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fallow.sparsity.shrinking.decide import Decision, _Solver
+from fallow.sparsity.shrinking.decide import Decision, Solver
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def removed(decision: Decision) -> dict[str, int]:
 
 def left_over(decision: Decision) -> list[Left]:
     """Units that are constant as they are computed, or that nothing kept reads, and that stay."""
-    labels, solver = decision.record.labels, _Solver(decision.record, {})
+    labels, solver = decision.record.labels, Solver(decision.record, {})
     solver.gone, solver.blank = decision.gone, decision.blank
     read = solver.read()
     fed = torch.zeros_like(read)

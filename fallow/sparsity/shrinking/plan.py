@@ -55,7 +55,8 @@ def layer_attributes(model: nn.Module, kept: Mapping[str, Any]) -> dict[str, dic
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        entry = kept.get(f"{prefix}weight", kept.get(f"{prefix}running_mean"))
+        names = ("weight", "running_mean", "parametrizations.weight.original", "weight_orig")
+        entry = next((kept[prefix + n] for n in names if prefix + n in kept), None)
         values = {} if entry is None else _sizes(module, entry)
         if values:
             found[name] = values
