@@ -22,7 +22,7 @@ __all__ = ["read_results", "write_report"]
 
 RESULTS = "results.json"
 SCHEMA = 1
-KINDS = ("train", "plan", "explanation", "paper")
+KINDS = ("train", "sparsify", "plan", "explanation", "paper")
 _ALONE = {"plan", "explanation"}  # kinds whose page stands beside their file, under its name
 # Control characters but tab and newline, lone surrogates, non-characters: no place in XML or UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

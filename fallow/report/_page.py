@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from fallow.errors import need
-from fallow.report import _explanations, _plans, _plots, _tables, _words
+from fallow.report import _explanations, _plans, _plots, _sparse, _sparse_plots, _tables, _words
 from fallow.report._section import Section, Tile
 from fallow.report._words import get, number
 
+# Kinds of which several results are laid side by side: their table, their figures.
+_COMPARED = {
+    "train": (_tables.compared, _plots.of_runs),
+    "sparsify": (_sparse.compared, _sparse_plots.of_runs),
+}
 HERE = Path(__file__).parent
 _SMALL = "Test errors are given with their binomial standard error."
 _PAIRED = (
@@ -67,7 +72,7 @@ def tiles(results: dict[str, Any]) -> tuple[Tile, ...]:
 
 def section(name: str, results: dict[str, Any], index: int) -> Section:
     """One document's part of the page."""
-    makers = {"plan": _plans.section, "explanation": _explanations.section}
+    makers = {"plan": _plans.section, "explanation": _explanations.section, "sparsify": _sparse.section}
     return makers.get(str(results.get("kind")), _of_run)(name, results, index)
 
 
@@ -115,12 +120,13 @@ def template(name: str) -> Any:
 def render(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The page of several documents of one kind, (name, results) each."""
     sections = [section(name, results, index) for index, (name, results) in enumerate(named)]
-    compared = len(named) > 1 and all(results.get("kind", "train") == "train" for _, results in named)
+    kind = str(named[0][1].get("kind", "train"))
+    comparison, plots = _COMPARED.get(kind, (None, None)) if len(named) > 1 else (None, None)
     return template("page.html.jinja").render(
         sections=sections,
         several=len(named) > 1,
-        comparison=_tables.compared(named) if compared else None,
-        compared_plots=_plots.of_runs(named) if compared else [],
+        comparison=comparison(named) if comparison else None,
+        compared_plots=plots(named) if plots else [],
         sources=" and ".join(dict.fromkeys(one.source for one in sections)),
         feet=list(dict.fromkeys(one.foot for one in sections if one.foot)),
     )

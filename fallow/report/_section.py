@@ -35,3 +35,4 @@ class Section:
     notes_title: str = "Notes on the data"
     source: str = "results.json"
     foot: str = ""
+    tables: tuple[Table, ...] = ()  # in cards of their own, below the figures
