@@ -219,14 +219,19 @@ def check_names(module: nn.Module, names: tuple[str, ...]) -> None:
             raise UsageError(f"{kind} has no parameter {name!r}; {hint}")
         path, _, attribute = name.rpartition(".")
         owner: Any = module.get_submodule(path)
-        other = owner.__dict__.get(_MARK, {}).get(attribute)
-        if other is not None:
-            raise UsageError(
-                f"{name} of {kind} has {other.words} already; set what there is to set at "
-                f"{other.words}.of(module), or remove() it first"
-            )
+        check_free(owner, attribute, f"{name} of {kind}")
         if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and (owner.sparse or owner.max_norm is not None):
             raise UsageError(
                 f"{kind} with max_norm= or sparse=True writes to its weight itself, which a mask would hide; "
                 "make it without them"
             )
+
+
+def check_free(owner: nn.Module, attribute: str, words: str = "") -> None:
+    """Refuse a second noise on the same."""
+    other = owner.__dict__.get(_MARK, {}).get(attribute)
+    if other is not None:
+        raise UsageError(
+            f"{words or type(owner).__name__} has {other.words} already; set what there is to set at "
+            f"{other.words}.of(module), or remove() it first"
+        )

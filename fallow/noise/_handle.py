@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -81,15 +81,21 @@ class Handle:
         Raises:
             RunError: a weight is not finite; nothing was changed.
         """
+        self._refuse_not_finite("nothing was changed")
         plain = {name: settled(noise, own) for name, (noise, own) in self._found.items()}
-        for name, weight in plain.items():
-            if not bool(weight.isfinite().all()):
-                raise RunError(f"{name} has NaN or infinite entries: nothing was changed; load a checkpoint")
         with torch.no_grad():
             for name, (noise, own) in self._found.items():
                 noise.weight(own).copy_(plain[name])
         self.remove()
         return {name: weight != 0 for name, weight in plain.items()}
+
+    def _refuse_not_finite(self, words: str) -> None:
+        """Zeros made from NaN would look like a result."""
+        for name, (noise, own) in self._found.items():
+            learned = {name + noise.extra: noise.learned(own)} if noise.extra else {}
+            for key, value in {name: noise.weight(own), **learned}.items():
+                if not bool(value.isfinite().all()):
+                    raise RunError(f"{key} has NaN or infinite entries: {words}; load the last checkpoint")
 
     def _layers(self) -> list[Any]:
         return list({id(noise): noise for noise, _ in self._found.values()}.values())
@@ -123,6 +129,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state = model.state_dict()
     for name, noise, own in attached(model):
+        if name not in state:  # noise on outputs
+            continue
         state[name] = settled(noise, own)
         if noise.extra:
             del state[name + noise.extra]
@@ -133,7 +141,11 @@ def check_rates(name: str, rates: object, shape: torch.Size, *, lowest: float = 
     """Survival rates as a detached tensor that broadcasts with a weight; in [lowest, 1], none NaN."""
     if isinstance(rates, bool) or not isinstance(rates, numbers.Real | Tensor):
         raise RateError(f"{name}: survival rates must be a number or a tensor, got {rates!r}")
-    given = rates.detach().clone() if isinstance(rates, Tensor) else torch.tensor(float(rates))
+    given = (
+        rates.detach().clone()
+        if isinstance(rates, Tensor)
+        else torch.tensor(float(rates), dtype=torch.float64)
+    )
     try:
         fits = given.is_floating_point() and torch.broadcast_shapes(given.shape, shape) == shape
     except RuntimeError:
@@ -157,3 +169,34 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
         words = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and at least {low:g}"
         raise UsageError(f"{name} must be {words}, got {value!r}")
     return number
+
+
+def group_shape(module: nn.Module, name: str, weight: Tensor, groups: str) -> tuple[int, ...]:
+    """The shape, broadcasting with a weight, of one number for each group.
+
+    Raises:
+        UsageError: The module has no such groups.
+    """
+    shape = tuple(weight.shape)
+    if groups == "weights":
+        return shape
+    kind = f"{name} of {type(module).__name__}"
+    path = name.rpartition(".")[0]
+    owner: Any = module.get_submodule(path)
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) or len(shape) < 2:
+        raise UsageError(f"{kind} of shape {list(shape)} has no rows for outputs: leave it out of names")
+    if groups == "outputs":
+        return (shape[0], *(1,) * (len(shape) - 1))
+    if getattr(owner, "groups", 1) > 1:
+        raise UsageError(
+            f"{kind} is in groups, whose inputs are those of its group only: leave it out of names"
+        )
+    return (1, shape[1], *(1,) * (len(shape) - 2))
+
+
+def draw(
+    how: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """`torch.rand` or `torch.randn` in the type and on the device of `like`, drawn where the generator is."""
+    place = like.device if generator is None else generator.device
+    return how(tuple(shape), generator=generator, device=place, dtype=like.dtype).to(like.device)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from fallow.errors import UsageError, check_choice
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number
+from fallow.noise._handle import Handle, check_number, draw
 from fallow.special import variational_kl
 
 FORMS = {"additive": ("_log_variance", -10.0), "multiplicative": ("_log_alpha", -5.0)}
@@ -88,7 +88,7 @@ class _Learned(Attached):
             return weight
         half = (self.log_alpha(name, weight) / 2).exp()
         size = (weight.square() + _SMALL).sqrt() if self.form == "additive" else weight
-        return weight + half * size * _normal(weight, self.generator)
+        return weight + half * size * draw(torch.randn, weight.shape, weight, self.generator)
 
     def rates(self, name: str) -> Tensor:
         with torch.no_grad():
@@ -104,12 +104,7 @@ class _Learned(Attached):
             spread = linear(square, variance)
         else:
             spread = module._conv_forward(square, variance, None)
-        return output + (spread + _SMALL).sqrt() * _normal(output, self.generator)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    place = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=place, dtype=like.dtype).to(like.device)
+        return output + (spread + _SMALL).sqrt() * draw(torch.randn, output.shape, output, self.generator)
 
 
 class VariationalNoise(Handle):

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, RateError, RunError, UsageError, check_choice, refuse_unknown
+from fallow.errors import ArgumentError, RateError, UsageError, check_choice, refuse_unknown
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number, check_rates
+from fallow.noise._handle import Handle, check_number, check_rates, draw
 
 KINDS = ("bernoulli", "gaussian")
 
@@ -77,18 +77,11 @@ def _noisy(
 ) -> Tensor:
     shape = rates.shape if shared else weight.shape
     if kind == "bernoulli":
-        scale = (_draw(torch.rand, shape, rates, generator) < rates) / rates
+        scale = (draw(torch.rand, shape, rates, generator) < rates) / rates
     else:
-        scale = 1 + ((1 - rates) / rates).sqrt() * _draw(torch.randn, shape, rates, generator)
+        scale = 1 + ((1 - rates) / rates).sqrt() * draw(torch.randn, shape, rates, generator)
     # the product is taken in the type of the rates: a half factor would be off by up to 1 / 256 in the mean
     return (weight * torch.where(rates > 0, scale, 0.0)).to(weight.dtype)
-
-
-def _draw(
-    draw: Callable[..., Tensor], shape: torch.Size, like: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    place = like.device if generator is None else generator.device
-    return draw(shape, generator=generator, device=place, dtype=like.dtype).to(like.device)
 
 
 class _Masked(Attached):
@@ -175,21 +168,18 @@ class WeightDropout(Handle):
             Derived: project's notes, 1.4 (ii) and (v).
         """
         lam = check_number("strength", strength, 0.0)
+        self._refuse_not_finite("no rate was changed")
         found = {}
         for name, (noise, own) in self._found.items():
-            weight = noise.weight(own).detach()
-            if not bool(weight.isfinite().all()):
-                raise RunError(f"{name} has NaN or infinite entries: no rate was changed; load a checkpoint")
-            found[name] = _rates(name, eta, _magnitude(weight, noise.rates(own).shape), lam)
+            magnitude = _magnitude(noise.weight(own).detach(), noise.rates(own).shape)
+            found[name] = _rates(name, eta, magnitude, lam)
         self.rates = found
 
     def harden(self, cut: float = 0.05) -> dict[str, Tensor]:
         """Set weights whose survival rate is below `cut` to 0, take the noise off; True = kept, by name."""
         limit = check_number("cut", cut, 0.0, 1.0)
         rates = self.survival_rates()
-        for name, (noise, own) in self._found.items():
-            if not bool(noise.weight(own).isfinite().all()):
-                raise RunError(f"{name} has NaN or infinite entries: nothing was changed; load a checkpoint")
+        self._refuse_not_finite("nothing was changed")
         masks = {}
         with torch.no_grad():
             for name, (noise, own) in self._found.items():
