@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fallow.errors import DataError, FallowError, RunError
+from fallow.errors import DataError, FallowError, RunError, UsageError
 from fallow.recipes._arm import NotFinite, build
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config
@@ -90,7 +90,11 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
     """
     show = show or Silent()
     folder = RunFolder(run)
-    config = Config.of(folder.config()).settled()
+    given = folder.config()
+    if "recipe" in given:
+        other = f"fallow {given['recipe']}"
+        raise UsageError(f"{run} is a run of {other}: continue it with {other} --resume {run}")
+    config = Config.of(given).settled()
     if folder.status() == "done":
         show.say(f"the run in {folder.path} is done already")
         return folder.path

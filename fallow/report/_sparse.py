@@ -30,7 +30,9 @@ def share_of(found: Any) -> float | None:
 def times(ratio: Any) -> str:
     """How many times more there was before."""
     found = number(ratio)
-    return _words.MISSING if not found or found < 0 else f"{found:.3g}{_words.SPACE}times"
+    if not found or found < 0:
+        return _words.MISSING
+    return _words.plain(found, ".2f" if found < 10 else ".1f" if found < 100 else ".0f", unit="times")
 
 
 def _inverse(share: float | None) -> str:

@@ -223,8 +223,8 @@ def of_run(results: dict[str, Any], prefix: str) -> list[Plot]:
     """All figures of one run for which it has numbers."""
     words = str(get(results, "config", "strategy") or "this run")
     common = _common([("model", words, results)], prefix, alone=True)
-    makers = [lambda: _sparse_weights.histogram(results, prefix), *common, lambda: _strength(results, prefix)]
-    found = [make() for make in (*makers, lambda: _sparse_weights.layers(results, prefix))]
+    weights = [_sparse_weights.histogram(results, prefix), _sparse_weights.layers(results, prefix)]
+    found = [*weights, *(make() for make in common), _strength(results, prefix)]
     return [plot for plot in found if plot is not None]
 
 

@@ -22,13 +22,15 @@ BESIDE = "The numbers are in the table beside."
 
 def power(exponent: float) -> str:
     """A power of ten as an axis says it."""
-    return "10" + f"{exponent:g}".translate(_SUPERSCRIPTS) if exponent == int(exponent) else ""
+    whole = exponent == int(exponent)
+    return "10" + f"{exponent:g}".translate(_SUPERSCRIPTS) if whole else f"{10.0**exponent:.2g}"
 
 
 def powers(axes: Any, bottom: str) -> None:
     """An axis of logarithms to the base ten."""
     ticker = need("matplotlib.ticker", "lab")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(7, integer=True))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=high - low > 2))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: power(x)))
     axes.set_xlabel(bottom)
 

@@ -182,7 +182,7 @@ def _refuse_patterns(
             continue
         named = [name for name in others if matches(name, (pattern,), None)]
         if named:
-            raise UsageError(f"{named[0]} is {others[named[0]]}: leave it out of include")
+            raise UsageError(f"{named[0]} is {others[named[0]]}: leave the pattern out")
         close = nearest(pattern, names)
         raise UsageError(f"no weight matches {pattern!r}" + (f"; did you mean {close!r}?" if close else ""))
 
