@@ -51,9 +51,11 @@ def pointwise(func: Any, args: tuple, kwargs: dict, of: Lookup, out: Tensor) -> 
 
 def product(a: Tensor, a_known: Tensor | None, b: Tensor, b_known: Tensor | None) -> Tensor | None:
     """Constants of a (batched) matrix product."""
-    if a_known is None and (b_known is None or not bool((b_known == 0).all(-2).any())):
+    if a_known is None and b_known is None:
         return None
-    if b_known is None and not bool((a_known == 0).all(-1).any()):  # pyright: ignore[reportOptionalMemberAccess]
+    if a_known is None and b_known is not None and not bool((b_known == 0).all(-2).any()):
+        return None
+    if b_known is None and a_known is not None and not bool((a_known == 0).all(-1).any()):
         return None
     x = torch.full_like(a, NAN) if a_known is None else a_known
     y = torch.full_like(b, NAN) if b_known is None else b_known

@@ -148,11 +148,7 @@ def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
         else:
             recorder.freeze([i for i in (inside, reads) if i is not None], step.say(_FIXED))
     known_bias = None if bias is None else bias.known
-    if bias is not None:
-        for layer in bias.layers if outside is not None else []:
-            labels.tie(layer.reshape(-1), outside.reshape(-1))  # pyright: ignore[reportOptionalMemberAccess]
-        if not bias.layers and outside is not None and outside.numel() > 1:
-            recorder.freeze([outside], step.say("is added to a tensor of fixed size"))
+    _tie_bias(step, bias, outside)
     site = _new_site(step, inside, outside, x_channels(step))
     known = None
     if bias is None or known_bias is not None:
@@ -171,6 +167,16 @@ def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
         recorder.site_of[id(out[0])] = site
     layers = [] if outside is None else [vector(outside.reshape(-1), 1, ndim)]
     return [Info(layers, known)]
+
+
+def _tie_bias(step: Step, bias: Info | None, outside: Tensor | None) -> None:
+    """A convolution's bias goes with its outputs."""
+    if bias is None or outside is None:
+        return
+    for layer in bias.layers:
+        step.recorder.labels.tie(layer.reshape(-1), outside.reshape(-1))
+    if not bias.layers and outside.numel() > 1:
+        step.recorder.freeze([outside], step.say("is added to a tensor of fixed size"))
 
 
 def x_channels(step: Step) -> int:
