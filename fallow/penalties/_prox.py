@@ -25,7 +25,7 @@ def numeric_prox(
 
     With H(x) = x^2 / 2 + step value(x), the minimiser of H(x) - |w| x over the nodes of a grid is a vertex
     of the lower convex hull of H, found by bisection in the hull's slopes; the grid's neighbours bracket the
-    root of H'(x) = |w|, found by bisection too. Where the hull jumps close to |w|, both its ends are refined,
+    root of H'(x) = |w|, found by Ridders' method. Where the hull jumps near |w|, both its ends are refined,
     and in the end the best of these and of 0 is taken. A tensor of steps has no common hull: there the two
     lowest local minima on the grid are refined.
 
@@ -66,7 +66,8 @@ def _common_step(
 ) -> Tensor:
     """The minimisers for one step, by the hull of H."""
     heights = nodes.square() / 2 + step * table
-    hull = lower_hull(nodes.tolist(), heights.tolist())
+    rising = bool(((nodes + step * slope(nodes))[1:].diff() > 0).all())
+    hull = range(nodes.numel()) if rising else lower_hull(nodes.tolist(), heights.tolist())
     vertex = torch.tensor(hull, device=nodes.device)
     slopes = heights[vertex].diff() / nodes[vertex].diff()
     at = torch.searchsorted(slopes, magnitude)
@@ -103,11 +104,44 @@ def _refine(
 ) -> Tensor:
     """The root of ``x + step slope(x) = m`` between the neighbours of a node, or 0 where that is better."""
     low, high = nodes[(at - 1).clamp(min=0)], nodes[(at + 1).clamp(max=nodes.numel() - 1)]
+    root = _ridders(lambda x: x + step * slope(x) - m, low, high, rounds)
+    return _better(m, step, value, torch.zeros_like(m), root)
+
+
+def _ridders(excess: Scalar, low: Tensor, high: Tensor, rounds: int) -> Tensor:
+    """Where `excess` turns from below to above 0, by Ridders' method; by bisection where no end is beyond it.
+
+    Each round halves the bracket at least, so that `rounds` bits of it are found even across a jump.
+    """
+    at_low, at_high = excess(low), excess(high)
+    tolerance = 2.0 ** (6 - rounds)
+    done = (low == 0) & (at_low >= 0)  # the minimum of this bracket is its end
+    root = torch.where(done, low, high)
     for _ in range(rounds):
         middle = (low + high) / 2
-        below = middle + step * slope(middle) < m
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return _better(m, step, value, torch.zeros_like(m), (low + high) / 2)
+        at_middle = excess(middle)
+        guess = middle - (middle - low) * at_middle / (at_middle.square() - at_low * at_high).sqrt()
+        guess = torch.where((at_low < 0) & (at_high > 0) & guess.isfinite(), guess, middle)
+        at_guess = excess(guess)
+        swap = guess < middle
+        left, right = torch.where(swap, guess, middle), torch.where(swap, middle, guess)
+        at_left, at_right = torch.where(swap, at_guess, at_middle), torch.where(swap, at_middle, at_guess)
+        # the bracket is [low, left], [left, right] or [right, high]
+        above, below = at_left >= 0, at_right < 0
+        low, at_low = (
+            torch.where(above, low, torch.where(below, right, left)),
+            torch.where(above, at_low, torch.where(below, at_right, at_left)),
+        )
+        high, at_high = (
+            torch.where(above, left, torch.where(below, high, right)),
+            torch.where(above, at_left, torch.where(below, at_high, at_right)),
+        )
+        close = ((guess - root).abs() <= tolerance * guess) | (high - low <= tolerance * high)
+        root = torch.where(done, root, guess)
+        done = done | close | (at_guess == 0)
+        if bool(done.all()):
+            break
+    return root
 
 
 def _better(m: Tensor, step: float | Tensor, value: Scalar, one: Tensor, other: Tensor) -> Tensor:
