@@ -192,7 +192,7 @@ CASES = {
     "dropout": "Dropout of the hidden units",
     "outgoing": "DropConnect on the outgoing weights",
     "incoming": "DropConnect on the incoming weights",
-    "both": "DropConnect on both layers",
+    "both": "DropConnect on both layers (rate squared)",
 }
 
 

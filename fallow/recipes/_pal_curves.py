@@ -14,6 +14,7 @@ Gathered = dict[str, list[Any]]
 Windows = Sequence[Mapping[str, float]]
 LAWS = {"disjoint": "DropBlock", "sliding": "sliding DropBlock", "dropconnect": "DropConnect"}
 TWO = 2.0  # standard errors, within which 95 % of unbiased means lie
+_NOTE = "from the second window on; in the first the loss falls from the start"
 
 
 def name_of(cell: Cell) -> str:
@@ -80,15 +81,15 @@ def curves(found: Found) -> Gathered:
 
 def curve_panel(name: str, windows: Windows) -> dict[str, Any]:
     """Sampled means with their errors, (1) at the same iterates and, where there is one, descent on (1)."""
-    steps = [w["step"] for w in windows]
-    errors = [w["error"] for w in windows]
+    windows = windows[1:]
+    steps, errors = _of(windows, "step"), _of(windows, "error")
     drawn = [
         series("mean of the sampled loss", steps, _of(windows, "sampled"), error=errors, style="points"),
         series("(1) at the same iterates", steps, _of(windows, "expected"), label="derived"),
     ]
     if "descent" in windows[0]:
         drawn.append(series("descent on (1)", steps, _of(windows, "descent"), style="dashed"))
-    return panel(name, "step", "squared error", drawn, log=True)
+    return panel(name, "step", "squared error", drawn, log=True, note=_NOTE)
 
 
 def _of(windows: Windows, key: str) -> list[float]:
@@ -105,13 +106,13 @@ def sliding(found: Found) -> Gathered:
         drawn = []
         for law in ("disjoint", "sliding"):
             for cell, result in pick(found, work="descent", law=law, r=r):
-                windows, name = result["windows"], LAWS[cell.tags["law"]]
+                windows, name = result["windows"][1:], LAWS[cell.tags["law"]]
                 steps, errors = _of(windows, "step"), _of(windows, "error")
                 words, sampled, level = f"{name}, sampled", _of(windows, "sampled"), _of(windows, "expected")
                 drawn.append(series(words, steps, sampled, error=errors, style="points", group=name))
                 drawn.append(series(f"{name}, (1)", steps, level, label="derived", group=name))
         if drawn:
-            panels.append(panel(f"r = {r}", "step", "squared error", drawn, log=True))
+            panels.append(panel(f"r = {r}", "step", "squared error", drawn, log=True, note=_NOTE))
         both = [pick(found, work="minimum", law=law, r=r) for law in ("disjoint", "sliding")]
         if not all(both):
             continue
@@ -141,14 +142,16 @@ def dropconnect(found: Found) -> Gathered:
     first = [(c, r) for c, r in walks if c.tags["seed"] == 0]
     drawn = []
     for cell, result in first:
-        windows = result["windows"]
+        windows = result["windows"][1:]
         steps, errors = _of(windows, "step"), _of(windows, "error")
         drawn.append(series(name_of(cell), steps, _of(windows, "sampled"), error=errors, style="points"))
         if "descent" in windows[0]:
             level = _of(windows, "descent")
             drawn.append(series("descent on (1)", steps, level, style="dashed", label="derived"))
     if drawn:
-        panels.append(panel("Last layer, one mask a step", "step", "squared error", drawn, log=True))
+        panels.append(
+            panel("Last layer, one mask a step", "step", "squared error", drawn, log=True, note=_NOTE)
+        )
     tables = []
     if walks:
         made, words = _pairs(walks)
@@ -200,6 +203,12 @@ def _least(walks: Found) -> str:
     return f"{walks[0][1]['optimum']['value']:.6g}"
 
 
+def _off(one: Mapping[str, float]) -> str:
+    """How far the exact mean is from Dropout's, in words."""
+    off = one["formula"] / one["dropout"] - 1
+    return "is exactly Dropout" if abs(off) < 1e-12 else f"is {100 * off:+.0f} % off Dropout"
+
+
 def _points(points: Found) -> tuple[Any, list[str]]:
     """Mean losses over masks against Dropout's (1) and the exact mean."""
     rows, said = [], []
@@ -213,13 +222,13 @@ def _points(points: Found) -> tuple[Any, list[str]]:
                 100 * (off if abs(off) > 1e-12 else 0.0),
             ]
             rows[-1] += [r["outgoing"], r["outgoing_error"], r["incoming"]]
-        one, other = result["outgoing"], result["incoming"]
-        off = other["formula"] / other["dropout"] - 1
-        words = "exactly as Dropout does" if abs(off) < 1e-12 else f"{100 * off:+.0f} % off Dropout"
-        exact = abs(one["formula"] / one["dropout"] - 1)
+        words = [f"{CASES[case]} {_off(result[case])}" for case in ("outgoing", "incoming", "both")]
+        said.append(f"{inputs} inputs: {'; '.join(words)}.")
         said.append(
-            f"{inputs} inputs: masks on the outgoing weights have Dropout's expected loss to "
-            f"{exact:.0e}; masks on the incoming weights come out {words}."
+            f"{inputs} inputs: the mean squared gradient of the incoming weights is "
+            f"{result['outgoing']['incoming'] / result['dropout']['incoming']:.2f} times as large with "
+            "DropConnect on the outgoing weights as with Dropout, of the same expected loss: only the "
+            "noise of training differs."
         )
     columns = ["masks", "Dropout's (1)", "mean over masks", "s.e.", "s.e. from its exact mean"]
     columns += ["exact mean off Dropout, %", "|gradient|², outgoing", "s.e.", "|gradient|², incoming"]

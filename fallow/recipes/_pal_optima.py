@@ -76,8 +76,8 @@ def _reached(found: Found) -> list[str]:
         worst = max(exact, key=lambda one: above(one[1]))
         low = min(above(result) for _, result in exact)
         said.append(
-            f"Without sampling the objective ends between {low:.0e} and {above(worst[1]):.0e} of F* "
-            f"above it, last at r = {worst[0].tags['r']} (few blocks converge slowly), and never below."
+            f"Without sampling the objective ends {low:.0e} to {above(worst[1]):.0e} of F* above it, the "
+            f"most at r = {worst[0].tags['r']} (few blocks converge slowly), and never below."
             if low > -1e-12
             else f"Without sampling the objective is below F* by {-low:.0e}: an error."
         )

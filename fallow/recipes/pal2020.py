@@ -141,6 +141,11 @@ PAPER = Paper(
                     "derived",
                     "notes, section 5; its check d",
                 ),
+                Known(
+                    "with outgoing masks the gradients in the features have another noise than Dropout's",
+                    "derived",
+                    "notes, 5.1",
+                ),
                 Known("the paper masks the last layer's weights", "memory", "notes, section 5"),
             ),
             differences={
