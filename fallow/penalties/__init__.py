@@ -5,7 +5,6 @@ from fallow.penalties.ard import ARD, VectorARD
 from fallow.penalties.certificate import Certificate, duality_gap, network_gap
 from fallow.penalties.class_activation import class_activation_omega
 from fallow.penalties.concave import MCP, SCAD, GemanMcClure, Welsch
-from fallow.penalties.dawson import dawson, variational_kl
 from fallow.penalties.engine import FromStrategy, from_eta, from_survival_rate
 from fallow.penalties.hard_concrete import HardConcrete, gate_moments
 from fallow.penalties.hard_threshold import HardThreshold
@@ -41,6 +40,7 @@ from fallow.penalties.standout import Standout
 from fallow.penalties.surrogates import jensen_bound, quadratic_surrogate
 from fallow.penalties.targeted import Targeted, TargetedThreshold
 from fallow.penalties.variational_dropout import MolchanovFit, VariationalDropout
+from fallow.special import dawson, variational_kl
 
 __all__ = [
     "ARD",

@@ -1,8 +1,7 @@
-"""Numbers the penalties share: Gauss-Legendre rules, fitted tables, checks of weights and steps."""
+"""Numbers the penalties share: checks of weights and steps, pieces that fit a cache."""
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -54,73 +53,6 @@ def check_elementwise_step(step: object, w: Tensor) -> float | Tensor:
 def check_step_of_vectors(step: object, w: Tensor) -> Tensor:
     """Return `step` as a tensor of shape [..., 1] in the type of `w`: one number for each vector."""
     return check_step(step, w.shape[:-1], w).detach().to(w.dtype)
-
-
-@functools.cache
-def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the rule on [0, 1], in double precision; Newton on the Legendre recurrence."""
-    x = torch.cos(math.pi * (torch.arange(count, dtype=torch.float64) + 0.75) / (count + 0.5))
-    slope = torch.ones_like(x)
-    for _ in range(8):
-        before, now = torch.ones_like(x), x
-        for k in range(2, count + 1):
-            before, now = now, ((2 * k - 1) * x * now - (k - 1) * before) / k
-        slope = count * (x * now - before) / (x * x - 1)
-        x = x - now / slope
-    return (1 - x) / 2, 1 / ((1 - x * x) * slope * slope)
-
-
-def integral_from(
-    low: Tensor, high: Tensor, integrand: Callable[[Tensor], Tensor], nodes: int, power: int = 1
-) -> Tensor:
-    """``int_low^high integrand`` for each pair, by one rule after ``v = low + (high - low) u^power``."""
-    u, weights = (part.to(low.device) for part in gauss_legendre(nodes))
-    width = high - low
-    points = low.unsqueeze(-1) + width.unsqueeze(-1) * u**power
-    return width * (integrand(points) * (weights * power * u ** (power - 1))).sum(-1)
-
-
-class Table:
-    """A smooth function of t in [low, high], fitted by polynomials on equal intervals.
-
-    Fitted in double precision at Chebyshev nodes; looked up in the type and on the device of the argument,
-    differentiable in it. With 512 intervals and degree 6 a function whose scale is that of the interval is
-    met to rounding.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        low: float,
-        high: float,
-        intervals: int = 512,
-        degree: int = 6,
-    ) -> None:
-        self.low, self.scale, self.intervals = low, intervals / (high - low), intervals
-        order = degree + 1
-        local = torch.cos(math.pi * (torch.arange(order, dtype=torch.float64) + 0.5) / order)
-        start = torch.arange(intervals, dtype=torch.float64).unsqueeze(-1)
-        values = function(low + (start + (local + 1) / 2) / self.scale)
-        basis = local.unsqueeze(-1) ** torch.arange(order, dtype=torch.float64)
-        self._fits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._exact = torch.linalg.solve(basis, values.T).contiguous()
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """The function at `t`, elementwise; beyond the ends the last polynomial goes on."""
-        key = (t.dtype, t.device)
-        if key not in self._fits:
-            self._fits[key] = self._exact.to(dtype=t.dtype, device=t.device)
-        fit = self._fits[key]
-        position = (t - self.low) * self.scale
-        # NaN goes to the first interval and stays NaN in the polynomial.
-        index = position.detach().nan_to_num(0.0).clamp(0, self.intervals - 1).long()
-        local = (position - index) * 2 - 1
-        # A dimension more, as indexing by a single number would read it on the host.
-        index = index.unsqueeze(-1)
-        result = fit[-1][index].squeeze(-1)
-        for row in fit[:-1].flip(0):
-            result = result * local + row[index].squeeze(-1)
-        return result
 
 
 def root_above(holds: Callable[[float], bool], start: float) -> float:

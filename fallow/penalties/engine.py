@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fallow.errors import ArgumentError, RateError, UsageError
 from fallow.penalties._checks import check_positive
-from fallow.penalties._numerics import integral_from
 from fallow.penalties._prox import numeric_prox
 from fallow.penalties.separable import AtZero, Separable
+from fallow.special import integral_from
 
 Strategy = Callable[[Tensor], Tensor]
 

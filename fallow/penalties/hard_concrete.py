@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from fallow.penalties._checks import check_positive
-from fallow.penalties._numerics import Table, gauss_legendre
 from fallow.penalties._prox import numeric_prox
 from fallow.penalties.separable import AtZero, Separable
+from fallow.special import Table, gauss_legendre
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 # logit u from where the gate opens to where it is 1.

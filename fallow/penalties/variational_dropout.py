@@ -21,9 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fallow.penalties._numerics import Table
-from fallow.penalties.dawson import kl_slope, variational_kl
 from fallow.penalties.separable import AtZero, Separable
+from fallow.special import Table, kl_slope, variational_kl
 
 Scalar = Callable[[Tensor], Tensor]
 
