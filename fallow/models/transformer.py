@@ -22,10 +22,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, tokens, width) to the same shape."""
-        rows, tokens, width = x.shape
-        qkv = self.qkv(x).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # sizes follow from the weights, so that heads can be taken out of them
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.project(mixed.transpose(1, 2).reshape(rows, tokens, width))
+        return self.project(mixed.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
