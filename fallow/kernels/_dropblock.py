@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from fallow.kernels._build import State, library
 
+# Looked up once: where a large tensor fills the caches, each look into torch's long tables is felt.
+_transforms = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_empty, _empty_like, _strided = torch.empty, torch.empty_like, torch.strided
+_ORDINARY = (Tensor, nn.Parameter)
+
 # The first call on so many elements builds the library; a task has about so many bytes, a thread's share at
 # least so many elements; up to so many bytes the kernel has room of its own.
 _WORTH, _TASK, _SHARE, _ROOM = 1 << 14, 1 << 14, 1 << 15, 1 << 14
@@ -89,12 +96,12 @@ def _code(x: Tensor) -> int | None:
     if (
         code is None
         or State.paused
-        or type(x) not in (Tensor, nn.Parameter)
+        or type(x) not in _ORDINARY
         or not x.is_cpu
-        or x.layout is not torch.strided
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # flop counters, fake tensors, tracers: they want to see
-        or torch._C._get_tracing_state() is not None
+        or x.layout is not _strided
+        or _transforms()
+        or _modes()  # flop counters, fake tensors, tracers: they want to see
+        or _tracing() is not None
         or x.is_neg()
         or x._is_zerotensor()
     ):
@@ -117,8 +124,8 @@ def _run(
     threads = min(torch.get_num_threads(), threads) if threads > 1 else 1
     if shared:
         room += threads * (math.prod(geometry.sizes) * x.itemsize + 64)
-    out = torch.empty_like(x)
-    scratch = torch.empty(room, dtype=torch.uint8, device="cpu") if room > _ROOM else None
+    out = _empty_like(x)
+    scratch = _empty(room, dtype=torch.uint8, device="cpu") if room > _ROOM else None
     assert State.library is not None
     failed = State.library.fallow_dropblock(
         spec,

@@ -432,6 +432,9 @@ struct Pass {
         select<T>(x + begin, bits, out + begin, start - begin, factor);
         int64_t at = (start - begin) % area;
         for (begin = start; begin + line <= end; begin += line) {
+#if defined(__GNUC__)
+            __builtin_prefetch((const char*)(x + begin) + 8192);  // processors stop at the end of a page
+#endif
             past((const Wide*)(x + begin), (const Wide*)(bits + at), (Wide*)(out + begin), factor);
             at += line;
             if (at >= area) at -= area;

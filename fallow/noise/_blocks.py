@@ -239,12 +239,12 @@ def write(
 ) -> None:
     """`erase` for cells that are known."""
     stride, begin = target.stride(), 0
-    runs = _runs(target, grid, numbers, planes, first)
     for part, count in zip(grid.columns, each, strict=True):
+        runs = _runs(target, grid, numbers[begin : begin + count], planes, first)
         # a run's start, then its positions one after the other, wherever the run starts
         length = target.numel() - (part.width - 1) * stride[-1]
         view = target.as_strided((length, part.width), (1, stride[-1]), target.storage_offset())
-        view.index_fill_(0, runs[begin : begin + count].view(-1), value)
+        view.index_fill_(0, runs.view(-1), value)
         begin += count
 
 

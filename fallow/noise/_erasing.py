@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fallow.kernels import drop_masked, drop_seeds
 from fallow.noise._blocks import Grid, Seeds, erase
@@ -25,7 +26,7 @@ def scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
 
 def _differentiated(x: Tensor) -> bool:
     """Whether autograd may look; its function costs as much as the multiplication of a small tensor."""
-    return x.requires_grad and torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    return x.requires_grad and torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
