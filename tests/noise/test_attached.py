@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fallow
 from fallow.errors import ArgumentError, RunError, UsageError
 from fallow.noise import (
     DropConnect,
@@ -299,6 +300,29 @@ def test_a_model_follows_a_change_of_type(kind: str) -> None:
         net.to(dtype)
         out = net(X.to(dtype))
         assert out.dtype == dtype and bool(out.isfinite().all())
+
+
+@every_kind
+def test_autocast_and_resting_branches_go_along(kind: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+    net, x = nn.Sequential(Block(), Block()), torch.randn(8, 6)
+    handle = KINDS[kind][0](net)
+    resting = fallow.apply(net, fallow.rates.uniform(0.5), example=x)
+    for one in (net, copy.deepcopy(net)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = one.train()(x)
+        out.float().sum().backward()
+        assert bool(out.isfinite().all())
+    resting.remove()
+    handle.remove()
+    assert torch.equal(net(x), net(x))
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "additive", "gates"])
