@@ -38,6 +38,12 @@ def reproduce(
     force: Annotated[
         bool, typer.Option("--force", help="Go on without the GPU that a scale wants.", show_default=False)
     ] = False,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published", help="Follow the authors' code, not the formulas.", show_default=False
+        ),
+    ] = False,
     note: Annotated[
         list[str] | None, typer.Option("--note", help="A sentence kept with the results; may be repeated.")
     ] = None,
@@ -49,13 +55,14 @@ def reproduce(
     console = show.console()
     if paper is None:
         given = {"--only": only, "--scale": scale, "--out": out, "--data-dir": data_dir, "--force": force}
+        given["--as-published"] = as_published
         for name, value in given.items():
             if value:
                 raise UsageError(f"{name} goes with a paper: fallow reproduce PAPER {name} ...")
         _print_list(console)
         return
     scale = scale or SCALES[0]
-    chosen = shelf.paper_of(paper)
+    chosen = shelf.paper_of(paper, as_published=as_published)
     items = chosen.chosen(only or (), scale)
     names = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
     watcher = _progress.Table(console, names) if console.is_terminal else _progress.Lines(_line)

@@ -19,16 +19,20 @@ import torch
 from fallow import data
 from fallow._version import __version__
 from fallow.errors import DataError, UsageError, check_count, nearest
-from fallow.recipes import _cells, hayou2021, pal2020
+from fallow.recipes import _cells, hayou2021, lejeune2021, pal2020
 from fallow.recipes._experiments import LABELS, Cell, Item, Paper
 from fallow.recipes._results import now
 from fallow.recipes._run import RESULTS, RunFolder
 from fallow.recipes._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
 from fallow.recipes._stop import Interrupted
 
-__all__ = ["PAPERS", "Done", "Entry", "cores", "entries", "home_of", "paper_of", "reproduce"]
+__all__ = ["AS_PUBLISHED", "PAPERS", "Done", "Entry", "cores", "entries", "home_of", "paper_of", "reproduce"]
 
-PAPERS: dict[str, Paper] = {paper.name: paper for paper in (hayou2021.PAPER, pal2020.PAPER)}
+PAPERS: dict[str, Paper] = {
+    paper.name: paper for paper in (hayou2021.PAPER, lejeune2021.PAPER, pal2020.PAPER)
+}
+# Those of which the authors' code departs from the formulas, shown as the code has it; the same cells.
+AS_PUBLISHED: dict[str, Paper] = {lejeune2021.PUBLISHED.name: lejeune2021.PUBLISHED}
 SCHEMA = 1
 TWO_CORES = 2  # what expected times are said for
 
@@ -59,14 +63,16 @@ class Entry:
     state: str
 
 
-def paper_of(name: str) -> Paper:
-    """The paper of that name.
+def paper_of(name: str, *, as_published: bool = False) -> Paper:
+    """The paper of that name; `as_published` where its authors' code departs from its formulas.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it has no such variant.
     """
     if name in PAPERS:
-        return PAPERS[name]
+        if as_published and name not in AS_PUBLISHED:
+            raise UsageError(f"--as-published is for {', '.join(AS_PUBLISHED)} alone: leave it out")
+        return AS_PUBLISHED[name] if as_published else PAPERS[name]
     close = nearest(name, PAPERS)
     hint = f"did you mean {close}? There" if close else "there"
     raise UsageError(f"no paper {name}: {hint} are {', '.join(PAPERS)}")
