@@ -22,6 +22,8 @@ from fallow.schemes import Blocks, Layer, Scheme, Units
 
 # What F.cross_entropy leaves out by default.
 _IGNORED = -100
+# Where fallow.noise, which penalties do not import, keeps what sits on the parameters of a module.
+_ATTACHED = "_fallow_noise"
 
 
 class HeadPenalty:
@@ -151,10 +153,10 @@ class HeadPenalty:
                 f"{self.name}: {noise} drops what this layer gets, so the noise would count twice: put "
                 "nn.Identity there or a rate that drops nothing, since the penalty stands for it"
             )
-        if any("drop_connect" in key for key in vars(self._head)):
+        for of, other in vars(self._head).get(_ATTACHED, {}).items():
             raise UsageError(
-                f"{self.name}: its weight is masked by drop_connect_, so the noise would count twice: remove "
-                "that, since the penalty stands for it (with schemes.Units)"
+                f"{self.name}: its {of} has {other.words}, so noise would count twice: remove() that, since "
+                "the penalty stands for it (for DropConnect with schemes.Units)"
             )
         if torch.is_grad_enabled() and not graph:
             raise UsageError(

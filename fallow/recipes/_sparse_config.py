@@ -42,7 +42,7 @@ class SparseConfig:
         f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(_SINGLE)}.",
         "logsum",
     )
-    strength: float = option("What the penalty is multiplied by.", 1e-3)
+    strength: float = option("What the penalty is multiplied by.", 1e-4)
     method: str = option(f"How it acts: {', '.join(METHODS)}.", "gradient")
     groups: str = option("What lives or dies together: weights, outputs, inputs, heads or N:M.", "weights")
     target: float | None = option("Share of the weights to be zero [what the survival rates say].")
@@ -55,7 +55,9 @@ class SparseConfig:
     epochs: int = option("Passes over the training images.", 20)
     batch_size: int = option("Images to a step.", 128)
     optimiser: str = option("adam or sgd, with a learning rate that falls linearly to zero.", "adam")
-    learning_rate: float | None = option("First learning rate [adam 0.001, sgd 0.05].")
+    learning_rate: float | None = option(
+        f"First learning rate [adam 0.001, of {', '.join(FEEDFORWARD)} 0.003; sgd 0.05]."
+    )
     weight_decay: float = option("Weight decay.", 0.0)
     augment: bool = option("Shift, and where the set allows it flip, the training images.", False)
     channels_last: bool = option("channels_last memory format.", False)
@@ -86,7 +88,8 @@ class SparseConfig:
         Raises:
             UsageError: a value or a combination that cannot be.
         """
-        rate = {"adam": 1e-3, "sgd": 0.05}.get(self.optimiser)
+        adam = 3e-3 if self.model in FEEDFORWARD else 1e-3
+        rate = {"adam": adam, "sgd": 0.05}.get(self.optimiser)
         full = replace(
             self,
             data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),

@@ -126,6 +126,7 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
     )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=config.device, memory_format=layout).train()  # type: ignore[call-overload]
+    _try(model, begin.model, batches)
     _refuse_patterns(model, config)
     total = config.epochs * batches.per_epoch
     optimiser = _optimiser(model, config)
@@ -149,6 +150,25 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
         optimiser.add_param_group({"params": own, "weight_decay": 0.0})
     provenance = _results.provenance(config, batches, command, _results.now())
     return Job(config, batches, model, optimiser, run, 0, total, [], [0.0, 0.0], provenance), begin
+
+
+def _try(model: nn.Module, name: str, batches: Batches) -> None:
+    """Refuse a model that cannot take the images, before there is a folder."""
+    x = batches.example()
+    try:
+        with torch.no_grad():
+            found = model.eval()(x)
+    except Exception as error:  # whatever somebody's forward raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        size = " x ".join(map(str, x.shape[1:]))
+        raise UsageError(
+            f"{name} cannot take images of {size} ({first.rstrip('.')}): take a data set of its size, an "
+            "imagefolder with --image-size, or another model"
+        ) from error
+    finally:
+        model.train()
+    if not isinstance(found, torch.Tensor) or found.dim() != 2:
+        raise UsageError(f"{name} is no classifier of images: it does not return a row of logits for each")
 
 
 def _refuse_patterns(model: nn.Module, config: SparseConfig) -> None:

@@ -8,7 +8,6 @@ model in `small/`.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,8 @@ from fallow.recipes._stop import Interrupted, asked_to_stop
 from fallow.recipes.show import Show, Silent
 
 __all__ = ["Interrupted", "SparseConfig", "resume", "sparsify"]
+
+_DIVERGED = 1e4  # nats; guessing among a million classes costs 14
 
 
 def sparsify(
@@ -181,8 +182,8 @@ def _step(job: Job, rate: float) -> float:
     torch.manual_seed(seed_of(job.config.seed, "dropout", job.step))
     error = F.cross_entropy(job.model(x), y)
     loss = float(error.detach())
-    if not math.isfinite(loss):
-        raise NotFinite(f"the loss became {loss} at step {job.step + 1}")
+    if not loss < _DIVERGED:  # nor NaN
+        raise NotFinite(f"the loss became {loss:.3g} at step {job.step + 1}")
     (error + job.run.penalty()).backward()
     job.optimiser.step()
     job.step += 1

@@ -161,10 +161,10 @@ def _head_projections(model: nn.Module) -> dict[int, int]:
     """The output projections of attentions: id of the linear layer -> number of heads."""
     found = {}
     for module in model.modules():
-        heads = getattr(module, "num_heads", None)
+        heads = getattr(module, "num_heads", getattr(module, "heads", None))
         if not isinstance(heads, int) or heads < 1:
             continue
-        for child in ("proj", "out_proj", "o_proj"):
+        for child in ("proj", "project", "out_proj", "o_proj"):
             layer = getattr(module, child, None)
             if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
                 found[id(layer)] = heads

@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from fallow.errors import UsageError
-from fallow.noise.dropconnect import drop_connect_
+from fallow.noise import drop_connect_, weight_dropout_
 from fallow.noise.feature_dropout import BlockDropout
 from fallow.penalties import HeadPenalty
 from fallow.schemes import Blocks, Units
@@ -134,12 +134,20 @@ def test_noise_that_is_off_or_further_away_is_not():
     assert head.penalty() > 0
 
 
-def test_masked_weights_are_refused():
+@pytest.mark.parametrize(
+    ("put", "words"),
+    [
+        (lambda model: drop_connect_(model.fc, survival_rate=0.5), "DropConnect"),
+        (lambda model: drop_connect_(model.fc, survival_rate=0.5, mode="row"), "DropConnect"),
+        (lambda model: weight_dropout_(model, 0.5, names="fc.weight"), "WeightDropout"),
+    ],
+)
+def test_noise_on_the_weights_is_refused(put, words):
     model, (x, *_) = net(), batch()
-    masks = drop_connect_(model.fc, survival_rate=0.5)
+    masks = put(model)
     head = HeadPenalty(model, "fc", Units(0.5))
     model(x)
-    with pytest.raises(UsageError, match="fc: its weight is masked by drop_connect_"):
+    with pytest.raises(UsageError, match=f"fc: its weight has {words}, so noise would count twice"):
         head.penalty()
     masks.remove()
     model(x)
