@@ -10,18 +10,13 @@ from typing import Any
 from fallow.recipes._lejeune_methods import METHODS
 from fallow.recipes._lejeune_sizes import (
     AS_PUBLISHED,
-    OURS,
-    PEER,
     PUBLISHED_DATA,
     PUBLISHED_EPOCHS,
     SEVEN,
-    SPARSE,
 )
 from fallow.recipes._panels import (
     Found,
-    compared,
     gathered,
-    is_shown,
     panel,
     pick,
     series,
@@ -37,13 +32,6 @@ AUTHORS: Mapping[str, tuple[float, float]] = {
     "adaprox": (2.94, 0.0275582),
     "adatikhonov": (2.88, 0.0182795),
     "logsum": (2.93, 0.0189557),
-}
-# Name -> test error in %, compression, of LeNet-300-100 on MNIST.
-ANCHORS: Mapping[str, tuple[float, float]] = {
-    "Sparse VD (Molchanov et al. 2017)": (1.92, 68.0),
-    "DNS (Guo et al. 2016)": (1.99, 56.0),
-    "SWS (Ullrich et al. 2017)": (1.94, 23.0),
-    "Pruning (Han et al. 2015)": (1.59, 12.0),
 }
 POINTS, PART = 0.5, 0.25  # of error in %, and of the compression: within these ours counts as the same
 _LOOKS = 100  # epochs that a curve shows
@@ -95,11 +83,12 @@ def rows(found: Found) -> dict[str, Row]:
     for method in (*SEVEN, *_INVERSE):
         results = [result for _, result in pick(found, method=method)]
         if results:
-            made[method] = _row(method, results)
+            made[method] = row_of(method, results)
     return made
 
 
-def _row(method: str, results: Sequence[Mapping[str, Any]]) -> Row:
+def row_of(method: str, results: Sequence[Mapping[str, Any]]) -> Row:
+    """One method from the results of its seeds."""
     return Row(
         method,
         [100 * result["test_error"] for result in results],
@@ -192,7 +181,7 @@ def methods(found: Found, as_published: bool = False) -> Mapping[str, Any]:
         lines.append(
             [
                 METHODS[row.method].title,
-                *(row.error, _spread(row.errors), row.fraction, _spread(row.fractions)),
+                *(row.error, spread(row.errors), row.fraction, spread(row.fractions)),
                 *(row.compression, ", ".join("-".join(map(str, one)) for one in row.neurons)),
                 *(error, 1 / fraction, agree, len(row.errors)),
             ]
@@ -209,7 +198,8 @@ def _agrees(row: Row) -> str:
     return {(True, True): "both", (True, False): "error", (False, True): "compression"}.get(near, "neither")
 
 
-def _spread(numbers: Sequence[float]) -> float | None:
+def spread(numbers: Sequence[float]) -> float | None:
+    """Their standard deviation; None of a single one."""
     return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
@@ -288,69 +278,3 @@ def _twins(made: Mapping[str, Row]) -> list[str]:
         "AdaTikhonov and LogSum, whose gradients are the same but for the smallest weights, end "
         f"{error:.2f} points of error and {fraction:.4f} of nonzero fraction apart."
     ]
-
-
-# --- beyond the paper ---------------------------------------------------------------------------------------
-
-
-def beyond(found: Found) -> Mapping[str, Any]:
-    """Sparse variational dropout, gradual magnitude pruning and LogSum to a target, at equal epochs."""
-    columns = ["images", "recipe", "compression", "test error %", "s.d.", "neurons left", "seeds"]
-    lines, said = [], []
-    cell, result = found[0]
-    said.append(
-        f"{cell.options['data']}: {result['trained_on']} images to train on, none held out; "
-        f"{result['tested_on']} to test on; {cell.options['epochs']} epochs."
-    )
-    for shift, goal, method in _kinds(found):
-        row = _row(method, [r for _, r in pick(found, shift=shift, goal=goal, method=method)])
-        neurons = ", ".join("-".join(map(str, one)) for one in row.neurons)
-        images = "moved by up to one pixel" if shift else "as they are"
-        title = METHODS[method].title
-        lines.append(
-            [images, title, row.compression, row.error, _spread(row.errors), neurons, len(row.errors)]
-        )
-        if comparable(found) and not shift:
-            said += _against(row)
-    for shift, goal in dict.fromkeys((shift, goal) for shift, goal, _ in _kinds(found)):
-        said += _duel(found, shift, goal)
-    return gathered([], [table("LeNet-300-100 beyond the seven methods", columns, lines)], said)
-
-
-def _kinds(found: Found) -> list[tuple[int, int, str]]:
-    """(shift, goal, method), each once, in order."""
-    keys = {(c.tags["shift"], c.tags["goal"], c.tags["method"]) for c, _ in found}
-    return sorted(keys, key=lambda key: (key[0], key[1], (SPARSE, PEER, OURS).index(key[2])))
-
-
-def _against(row: Row) -> list[str]:
-    """Which of the published results are worse in neither error nor compression than ours."""
-    size = row.compression
-    beaten = [name for name, (error, x) in ANCHORS.items() if size and size >= x and row.error <= error]
-    if not beaten:
-        return []
-    return [
-        f"{METHODS[row.method].title} at {size:.0f}x and {row.error:.2f} % is no worse in either than "
-        f"{', '.join(beaten)}."
-    ]
-
-
-def _duel(found: Found, shift: int, goal: int) -> list[str]:
-    """Ours against the peer at the same compression, in pairs of the same seed."""
-    mine = pick(found, shift=shift, goal=goal)
-    by_seed = {
-        method: {cell.tags["seed"]: 100 * result["test_error"] for cell, result in pick(mine, method=method)}
-        for method in (PEER, OURS)
-    }
-    if not all(by_seed.values()):
-        return []
-    ours, peer = (statistics.fmean(by_seed[method].values()) for method in (OURS, PEER))
-    apart = compared(by_seed[OURS], by_seed[PEER])
-    images = ", images moved by up to one pixel" if shift else ""
-    words = f"{goal}x{images}: {METHODS[OURS].title} {ours:.2f} %, {METHODS[PEER].title} {peer:.2f} %; "
-    if apart is None:
-        return [words + "one seed shows no difference."]
-    if not is_shown(apart):
-        return [words + f"over {apart['seeds']} seeds no difference is shown."]
-    better = METHODS[OURS if apart["difference"] < 0 else PEER].title
-    return [words + f"{better} is better, by {abs(apart['apart']):.1f} standard errors."]

@@ -21,6 +21,12 @@ PUBLISHED_EPOCHS, PUBLISHED_DATA = 200, "mnist"
 # Of LogSum on its way to a target: near to the dual of variational dropout of 60,000 images.
 _OWN: Mapping[str, Mapping[str, Any]] = {OURS: {"eps": 0.05, "strength": 3e-5}, PEER: {}, SPARSE: {}}
 _RATE: Mapping[str, float] = {OURS: 3e-3, PEER: 3e-3}
+# What was tried for either recipe, the same number of settings: learning rates, and for each of them these.
+TRIED_RATES = (1e-3, 3e-3, 6e-3)
+TRIED: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    PEER: ({"ramp": [0.1, 0.5]}, {}, {"ramp": [0.1, 0.85]}, {"ramp": [0.3, 0.7]}),
+    OURS: tuple({"eps": eps, "strength": strength} for eps in (0.05, 0.5) for strength in (3e-5, 1e-4)),
+}
 # Seconds an epoch of 48,000 images on one core, by method; of digits, by how much less.
 _SECONDS = {
     "vardrop-lr-ar": 5.5,
@@ -49,6 +55,7 @@ class Size:
         faster: factor of the published learning rates: with fewer steps weights could not move as far.
         plain: compressions to reach, of images as they are.
         shifted: compressions to reach, of images moved by up to one pixel.
+        tuned: the compression at which settings are compared; 0: they are not.
     """
 
     data: str
@@ -57,11 +64,12 @@ class Size:
     faster: float
     plain: Sequence[int]
     shifted: Sequence[int]
+    tuned: int = 0
 
 
 SIZES = {
     "tiny": Size("digits", 300, 2, 10.0, (20,), ()),
-    "small": Size("mnist", 40, 1, 5.0, (80, 100), (80, 120)),
+    "small": Size("mnist", 40, 1, 5.0, (80, 100), (80, 120), tuned=100),
     "full": Size("mnist", 200, 3, 1.0, (80, 100), (80, 120)),
 }
 
@@ -120,10 +128,29 @@ def _beyond(size: Size) -> list[Cell]:
     return made
 
 
+def _tuning(size: Size) -> list[Cell]:
+    """Settings of both recipes, by validation error."""
+    made = []
+    for method in (PEER, OURS) if size.tuned else ():
+        for rate in TRIED_RATES:
+            for place, own in enumerate(TRIED[method]):
+                settings = {**own, "target": 1 - 1 / size.tuned}
+                more = {"learning_rate": rate, "settings": settings}
+                name = f"tuning-{method}-rate{rate:g}-{place}"
+                made.append(_cell(size, method, 0, name, more, used=used(method, rate, own)))
+    return made
+
+
+def used(method: str, rate: float, own: Mapping[str, Any]) -> bool:
+    """Whether these are the settings that the recipe has in `_beyond`."""
+    return rate == _RATE[method] and own == _OWN[method]
+
+
 _MAKERS: Mapping[str, Callable[[Size], list[Cell]]] = {
     "figure1": _figure1,
     "methods": _methods,
     "beyond": _beyond,
+    "tuning": _tuning,
 }
 CELLS = {scale: {part: make(size) for part, make in _MAKERS.items()} for scale, size in SIZES.items()}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from fallow.recipes import _lejeune_figure, _lejeune_results
+from fallow.recipes import _lejeune_beyond, _lejeune_figure, _lejeune_results
 from fallow.recipes._experiments import Item, Known, Paper, Scale
+from fallow.recipes._lejeune_beyond import ANCHORS
 from fallow.recipes._lejeune_methods import METHODS
-from fallow.recipes._lejeune_results import ANCHORS, AUTHORS
+from fallow.recipes._lejeune_results import AUTHORS
 from fallow.recipes._lejeune_sizes import by_scale
 
 _NOTEBOOKS = "the authors' notebooks, a single unseeded run"
@@ -40,6 +41,10 @@ _BEYOND = (
     "Gradual magnitude and LogSum to a target take the smallest weights along Zhu and Gupta's cubic ramp, "
     "from 10 % to 70 % of the training, in the whole network together, and train on after it without a "
     "penalty; same learning rate, batch and epochs.",
+)
+_TUNING = (
+    "A fifth of the training images held out; settings that are not named are those of the recipe. The "
+    "choice is used at every compression, with and without shifts, and at every scale.",
 )
 
 
@@ -111,9 +116,18 @@ def _items(as_published: bool) -> tuple[Item, ...]:
             "Sparse variational dropout on Molchanov's schedule, gradual magnitude pruning, and LogSum to a "
             "target, with the same epochs.",
             by_scale("beyond"),
-            _lejeune_results.beyond,
+            _lejeune_beyond.beyond,
             known=_anchors(),
             differences={"": _BEYOND, **_SMALL},
+        ),
+        Item(
+            "tuning",
+            "How the recipes' settings were chosen",
+            "Validation errors of gradual magnitude pruning and of LogSum to a target, as many settings of "
+            "the one as of the other, on images as they are.",
+            by_scale("tuning"),
+            _lejeune_beyond.tuning,
+            differences={"": _TUNING},
         ),
     )
 

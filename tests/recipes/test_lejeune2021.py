@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fallow.errors import UsageError
 from fallow.recipes import (
+    _lejeune_beyond,
     _lejeune_figure,
     _lejeune_results,
     _lejeune_sizes,
@@ -42,9 +43,9 @@ def plain(_: str, compute: Any) -> Any:
 @pytest.mark.parametrize("scale", list(PAPER.scales))
 def test_cells_are_data_with_names_of_their_own(scale: str):
     cells = PAPER.cells(PAPER.items, scale)
-    by_item = {cell.name: cell for item in PAPER.items for cell in item.cells[scale]}
+    by_item = {cell.name: cell for item in PAPER.items for cell in item.cells.get(scale, ())}
     assert len(by_item) == len(cells) and all("/" not in name for name in by_item)
-    for cell in (cell for item in PAPER.items for cell in item.cells[scale]):
+    for cell in (cell for item in PAPER.items for cell in item.cells.get(scale, ())):
         assert by_item[cell.name].options == cell.options
         assert json.loads(json.dumps(dict(cell.options))) == cell.options and cell.minutes > 0
 
@@ -528,7 +529,7 @@ def test_recipes_are_compared_in_pairs_and_with_what_is_published():
         cells = [*results("magnitude", 2.0, 0.01, **tags), *results("logsum-target", ours, 0.01, **tags)]
         for place, (_, result) in enumerate(cells):
             result["test_error"] += 2e-5 * (place % 2)
-        return dict(_lejeune_results.beyond(cells))
+        return dict(_lejeune_beyond.beyond(cells))
 
     better, worse = found(1.8), found(2.4)
     assert any("LogSum to a target is better" in words for words in better["statements"])
@@ -538,6 +539,33 @@ def test_recipes_are_compared_in_pairs_and_with_what_is_published():
     assert "Pruning" not in said[0]  # 1.59 %
     assert not [words for words in worse["statements"] if "no worse in either" in words]
     assert "no difference is shown" in " ".join(found(2.0)["statements"])
+
+
+def test_tuning_tries_as_many_settings_of_either_and_names_the_chosen_ones():
+    cells = {item.name: item.cells for item in PAPER.items}["tuning"]["small"]
+    by_method = {m: [c for c in cells if c.tags["method"] == m] for m in ("magnitude", "logsum-target")}
+    assert len(by_method["magnitude"]) == len(by_method["logsum-target"]) > 8
+    beyond = {item.name: item.cells for item in PAPER.items}["beyond"]["small"]
+    for method, mine in by_method.items():
+        chosen = [cell for cell in mine if cell.tags["used"]]
+        assert len(chosen) == 1 and all(cell.options["validation"] for cell in mine)
+        for cell in beyond:
+            if cell.tags["method"] == method:
+                own, other = (dict(c.options["settings"], target=0) for c in (cell, chosen[0]))
+                assert own == other and cell.options["learning_rate"] == chosen[0].options["learning_rate"]
+    found = [
+        (cell, {"curve": {"validation_error": [0.9, 0.02 + 0.001 * place - 0.0045 * cell.tags["used"]]}})
+        for mine in by_method.values()
+        for place, cell in enumerate(mine)
+    ]
+    gathered = _lejeune_beyond.tuning(found)
+    errors = [row[3] for row in gathered["tables"][0]["rows"]]
+    half = len(errors) // 2
+    assert errors[:half] == sorted(errors[:half]) and errors[half:] == sorted(errors[half:])
+    place = 1 + sum(
+        error < next(r[3] for r in gathered["tables"][0]["rows"] if r[4]) for error in errors[:half]
+    )
+    assert f"the chosen one has the {_lejeune_beyond._ordinal(place)} least" in gathered["statements"][0]
 
 
 # --- what is committed -----------------------------------------------------------------------------------
