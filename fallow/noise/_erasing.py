@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_unary
 
 from fallow.kernels import drop_masked, drop_seeds
 from fallow.noise._blocks import Grid, Seeds, erase
@@ -17,11 +18,20 @@ def scaled(x: Tensor, factor: float, grid: Grid, seeds: Seeds) -> Tensor:
 
     The seeds are of every map, or of the rows alone, whose channels share them.
     """
+    if _watched(x):
+        return torch.where(_kept(x, grid, seeds), x * factor, 0)
     if not _differentiated(x):
         return _scaled(x, factor, grid, seeds)
-    if torch._C._are_functorch_transforms_active():  # which take no autograd function of the older form
-        return torch.where(_kept(x, grid, seeds), x * factor, 0)
     return _Sparse.apply(x, factor, grid, seeds)  # pyright: ignore[reportReturnType]
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something needs to see plain operations: a transform, or a class of tensors of its own.
+
+    Transforms take no autograd function of the older form. Inside of one, the class would meet its tensors
+    again, and what it makes of them would come out as a view.
+    """
+    return torch._C._are_functorch_transforms_active() or has_torch_function_unary(x)
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -67,10 +77,10 @@ class _Sparse(torch.autograd.Function):
 
 def masked(x: Tensor, factor: float, kept: Tensor) -> Tensor:
     """``factor * x`` with zeros where `kept`, of x's shape or with one channel for all, is False."""
+    if _watched(x):
+        return torch.where(kept, x * factor, 0)
     if not _differentiated(x):
         return _masked(x, factor, kept)
-    if torch._C._are_functorch_transforms_active():
-        return torch.where(kept, x * factor, 0)
     return _Masked.apply(x, kept, factor)  # pyright: ignore[reportReturnType]
 
 
