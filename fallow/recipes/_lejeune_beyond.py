@@ -18,6 +18,7 @@ ANCHORS: Mapping[str, tuple[float, float]] = {
     "SWS (Ullrich et al. 2017)": (1.94, 23.0),
     "Pruning (Han et al. 2015)": (1.59, 12.0),
 }
+FEWEST = 3  # seeds: of two, both differences may be the same by chance, as errors are counts
 
 
 def beyond(found: Found) -> Mapping[str, Any]:
@@ -106,9 +107,10 @@ def _duel(found: Found, shift: int, goal: int) -> list[str]:
     apart = compared(by_seed[OURS], by_seed[PEER])
     images = ", images moved by up to one pixel" if shift else ""
     words = f"{goal}x{images}: {METHODS[OURS].title} {ours:.2f} %, {METHODS[PEER].title} {peer:.2f} %; "
-    if apart is None:
-        return [words + "one seed shows no difference."]
+    if apart is None or apart["seeds"] < FEWEST:
+        return [words + "too few seeds to call one better."]
     if not is_shown(apart):
         return [words + f"over {apart['seeds']} seeds no difference is shown."]
     better = METHODS[OURS if apart["difference"] < 0 else PEER].title
-    return [words + f"{better} is better, by {abs(apart['apart']):.1f} standard errors."]
+    size = f"{abs(apart['difference']):.2f} points (s.e. {apart['error']:.2f} over {apart['seeds']} seeds)"
+    return [words + f"{better} is better by {size}."]

@@ -216,8 +216,8 @@ def _said(found: Found, made: Mapping[str, Row], seven: Sequence[Row], judged: b
         words += [f"Beside the seven: {_numbers(row)}." for row in others]
     else:
         words.append(
-            f"The authors' numbers are of {PUBLISHED_DATA} after {PUBLISHED_EPOCHS} epochs: at this scale "
-            "nothing is held against them."
+            f"The authors' numbers are of {PUBLISHED_DATA.upper()} after {PUBLISHED_EPOCHS} epochs: at this "
+            "scale nothing is held against them."
         )
     words += [
         f"{METHODS[row.method].title} has lost all its weights in {row.weights.count(0)} of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fallow.recipes._experiments import Cell
@@ -53,6 +53,7 @@ class Size:
         epochs: of every training.
         seeds: of each method.
         faster: factor of the published learning rates: with fewer steps weights could not move as far.
+        slower: by method, a factor beside it.
         plain: compressions to reach, of images as they are.
         shifted: compressions to reach, of images moved by up to one pixel.
         tuned: the compression at which settings are compared; 0: they are not.
@@ -65,10 +66,13 @@ class Size:
     plain: Sequence[int]
     shifted: Sequence[int]
     tuned: int = 0
+    slower: Mapping[str, float] = field(default_factory=dict)
 
 
 SIZES = {
-    "tiny": Size("digits", 300, 2, 10.0, (20,), ()),
+    "tiny": Size(
+        "digits", 300, 2, 30.0, (20,), (), slower=dict.fromkeys(("eta-trick", "eta-trick-published"), 1 / 3)
+    ),
     "small": Size("mnist", 40, 1, 5.0, (80, 100), (80, 120), tuned=100),
     "full": Size("mnist", 200, 3, 1.0, (80, 100), (80, 120)),
 }
@@ -81,7 +85,7 @@ def _cell(size: Size, method: str, seed: int, name: str, more: Mapping[str, Any]
         "validation": True,
         "epochs": size.epochs,
         "batch_size": BATCH.get(method, 128),
-        "learning_rate": METHODS[method].learning_rate * size.faster,
+        "learning_rate": round(METHODS[method].learning_rate * size.faster * size.slower.get(method, 1.0), 9),
         "shift": 0,
         "settings": {},
         "seed": seed,

@@ -39,6 +39,7 @@ class Job:
         epochs: a record of each epoch.
         loss: sum of the batch losses of this epoch, and how many.
         provenance: of the results.
+        spared: the layer of the classes, where outputs are taken and nobody asked for its own.
     """
 
     config: SparseConfig
@@ -51,6 +52,7 @@ class Job:
     epochs: list[dict[str, Any]]
     loss: list[float]
     provenance: dict[str, Any]
+    spared: tuple[str, ...] = ()
 
 
 # --- what it starts from -----------------------------------------------------------------------------------
@@ -128,6 +130,7 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
     model = model.to(device=config.device, memory_format=layout).train()  # type: ignore[call-overload]
     _try(model, begin.model, batches)
     _refuse_patterns(model, config)
+    spared = _classes_of(model, config, dataset.classes)
     total = config.epochs * batches.per_epoch
     optimiser = _optimiser(model, config)
     run = start(
@@ -142,14 +145,15 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
         ramp=(config.ramp_begin, config.ramp_end),
         cut=config.cut,
         include=config.include or None,
-        exclude=config.exclude or None,
+        exclude=(*config.exclude, *spared) or None,
         optimiser=optimiser,
     )
     own = [*run.parameters()]
     if own:
         optimiser.add_param_group({"params": own, "weight_decay": 0.0})
     provenance = _results.provenance(config, batches, command, _results.now())
-    return Job(config, batches, model, optimiser, run, 0, total, [], [0.0, 0.0], provenance), begin
+    job = Job(config, batches, model, optimiser, run, 0, total, [], [0.0, 0.0], provenance, spared)
+    return job, begin
 
 
 def _try(model: nn.Module, name: str, batches: Batches) -> None:
@@ -179,6 +183,15 @@ def _refuse_patterns(model: nn.Module, config: SparseConfig) -> None:
                 weights_of(model, groups=config.groups, include=pattern)
             except UsageError as error:
                 raise UsageError(f"{flag} {pattern}: {error}") from None
+
+
+def _classes_of(model: nn.Module, config: SparseConfig, classes: int) -> tuple[str, ...]:
+    """The last layer where its outputs are the classes: without one of them no image of it is ever right."""
+    if config.groups != "outputs" or config.include:
+        return ()
+    found = weights_of(model, groups=config.groups, exclude=config.exclude or None)
+    last = found[-1]
+    return (last.name,) if len(found) > 1 and last.parameter.shape[0] == classes else ()
 
 
 def _optimiser(model: nn.Module, config: SparseConfig) -> torch.optim.Optimizer:
@@ -249,7 +262,7 @@ def write(job: Job, folder: RunFolder, status: str, **more: Any) -> None:
     """Write results.json; `more` goes in as it is."""
     results: dict[str, Any] = {"schema": _results.SCHEMA, "kind": KIND, "status": status, **more}
     results |= {"config": job.config.as_dict(), "provenance": job.provenance, "epochs": job.epochs}
-    results |= _sparse_results.weights(job.run)
+    results |= {"spared": list(job.spared), **_sparse_results.weights(job.run)}
     results["curves"] = _sparse_results.curves(job.run, job.config.penalty())
     if status == "done":
         results["provenance"] = {**job.provenance, "finished": _results.now()}

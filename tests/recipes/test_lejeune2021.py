@@ -541,6 +541,13 @@ def test_recipes_are_compared_in_pairs_and_with_what_is_published():
     assert "no difference is shown" in " ".join(found(2.0)["statements"])
 
 
+def test_two_seeds_call_no_recipe_better():
+    tags: dict[str, Any] = {"shift": 0, "goal": 100}
+    cells = [*results("magnitude", 2.0, 0.01, **tags), *results("logsum-target", 1.0, 0.01, **tags)]
+    said = _lejeune_beyond.beyond([pair for pair in cells if pair[0].tags["seed"] < 2])["statements"]
+    assert any("too few seeds" in words for words in said)
+
+
 def test_tuning_tries_as_many_settings_of_either_and_names_the_chosen_ones():
     cells = {item.name: item.cells for item in PAPER.items}["tuning"]["small"]
     by_method = {m: [c for c in cells if c.tags["method"] == m] for m in ("magnitude", "logsum-target")}
