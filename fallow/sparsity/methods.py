@@ -10,6 +10,7 @@ minimise the loss plus ``lam sum_g m Omega(n_g)``, Omega the strategy's penalty,
 - calibrated: ``sum_g m Omega(sqrt(samples h_g) n_g) / samples``, h the curvature of the loss along the
   weights: what variational dropout minimises once its noise is optimised, without a strength to choose.
 - eta: ``lam / 2 sum_g m (n^2 / eta + f(eta))`` over weights and ``log(eta / lam)`` together.
+- those of `fallow.sparsity.noisy`: noise on the weights in the forward.
 
 The factor 1/2 is that of the eta-trick throughout.
 """
@@ -18,86 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fallow.errors import UsageError
+from fallow.sparsity.base import Method
 from fallow.sparsity.curvature import Curvature
+from fallow.sparsity.noisy import NOISY
 from fallow.sparsity.weights import Weight
 
 # Survival rates below this are not divided by: lam / eta stays below a thousand.
 _SMALLEST_RATE = 1e-3
-
-
-class Strategy(Protocol):
-    """What a penalty of `fallow.penalties` offers."""
-
-    def value(self, w: Tensor) -> Tensor:
-        """Omega, entry by entry."""
-        ...
-
-    def prox(self, w: Tensor, step: Any) -> Tensor:
-        """``argmin (x - w)^2 / 2 + step Omega(x)``."""
-        ...
-
-    def eta(self, w: Tensor) -> Tensor:
-        """``w / Omega'(w)``."""
-        ...
-
-    def dual(self, eta: Tensor) -> Tensor:
-        """f, ``Omega(w) = min_eta (w^2 / eta + f(eta)) / 2``."""
-        ...
-
-
-class Method:
-    """What a run asks of its method; this one does nothing to the weights.
-
-    Attributes:
-        weights: what is made sparse.
-        strategy: the penalty and its survival rates.
-        optimiser: that of the training loop, where the method needs its steps.
-    """
-
-    needs_optimiser = False
-
-    def __init__(
-        self, weights: Sequence[Weight], strategy: Strategy, optimiser: torch.optim.Optimizer | None
-    ) -> None:
-        self.weights, self.strategy, self.optimiser = weights, strategy, optimiser
-        if self.needs_optimiser and optimiser is None:
-            raise UsageError(
-                f"method {type(self).__name__.lower()!r} follows the optimiser's steps: pass optimiser="
-            )
-
-    def penalty(self, strength: float) -> Tensor | float:
-        """What is added to the loss."""
-        return 0.0
-
-    def update(self, strength: float) -> None:
-        """What happens after the optimiser's step."""
-
-    def eta(self, weight: Weight, strength: float) -> Tensor:
-        """Inverse Tikhonov weights of the groups; they keep with the probability eta / (eta + strength)."""
-        return self.strategy.eta(weight.magnitude())
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimiser has to move besides the model's own."""
-        return iter(())
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside, the model has nothing of the method about it."""
-        yield
-
-    def state(self) -> dict[str, Any]:
-        """What the method remembers, as `torch.load` reads it with ``weights_only=True``."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Bring the memory back."""
 
 
 class Gradient(Method):
@@ -271,6 +206,10 @@ class Calibrated(Method):
         finally:
             self.curvature.attach()
 
+    def remove(self) -> None:
+        """Nothing watches the model any more."""
+        self.curvature.remove()
+
     def state(self) -> dict[str, Any]:
         """The curvature."""
         return self.curvature.state()
@@ -287,6 +226,7 @@ METHODS: dict[str, type[Method]] = {
     "prox": Prox,
     "adaprox": AdaProx,
     "eta": Eta,
+    **NOISY,
 }
 
 

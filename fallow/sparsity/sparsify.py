@@ -14,9 +14,11 @@ from fallow.errors import ArgumentError, RunError, UsageError, check_choice, che
 from fallow.penalties import Ridge
 from fallow.penalties.registry import penalty
 from fallow.schedules import Schedule
+from fallow.sparsity.base import Method, Strategy
 from fallow.sparsity.control import Target, best_of_blocks, masks_for, share_of_blocks, target_of
 from fallow.sparsity.curvature import Curvature
-from fallow.sparsity.methods import METHODS, Calibrated, Method, Strategy
+from fallow.sparsity.methods import METHODS, Calibrated
+from fallow.sparsity.noisy import NOISY, Noise
 from fallow.sparsity.weights import Weight, weights_of
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ CUT = 0.05  # groups that would be kept less often are zero in the end
 # The strength follows the share of zeros: by this factor for a share that is off by 1, within these bounds.
 _GAIN, _MOST = 4.0, 1e6
 _KEYWORDS = (
-    "strategy strength method groups target steps control ramp every optimiser samples loss schedule cut "
-    "include exclude"
+    "strategy strength method groups target steps control ramp every optimiser samples loss noise schedule "
+    "cut include exclude"
 ).split()
 
 
@@ -46,6 +48,7 @@ def sparsify(
     optimiser: torch.optim.Optimizer | None = None,
     samples: int | None = None,
     loss: str = "cross_entropy",
+    noise: Noise | None = None,
     schedule: Schedule | None = None,
     cut: float = CUT,
     include: str | Iterable[str] | None = None,
@@ -61,9 +64,16 @@ def sparsify(
     Args:
         model: any module; its parameters stay the same tensors under the same names.
         strategy: a penalty of `fallow.penalties`, or its name; "magnitude": none, the smallest go. None:
-            "logsum", and variational dropout's with "calibrated".
-        strength: lambda, of a loss that is a mean over samples. None: 1e-3, and with "calibrated" 1.
-        method: "gradient", "tikhonov", "prox", "adaprox", "eta" or "calibrated".
+            "logsum", and variational dropout's with "calibrated". Not for "variational", "hardconcrete" and
+            "targeted", whose noise says what is penalised.
+        strength: lambda, of a loss that is a mean over samples. None: 1e-3, and with "calibrated" and
+            "variational" 1.
+        method: "gradient", "tikhonov", "prox", "adaprox", "eta", "calibrated"; or noise on the weights in
+            training: "dropout" and "gaussian", with the survival rates of the strategy after every update;
+            "variational", with variances that are learned, of which the schedule starts the divergence
+            slowly; "hardconcrete", gates that are learned; "targeted", the smallest of each row along the
+            target's ramp. What is learned is in the model and its state dict until `Sparsifier.remove`: make
+            the optimiser before, and give it `Sparsifier.parameters`.
         groups: "weights", "outputs" (neurons, filters), "inputs", "heads", or "N:M" such as "2:4": of each M
             neighbours along the inputs at most N are kept.
         target: the share of the chosen weights that is to be zero at the end of `steps`; with "N:M" it
@@ -73,8 +83,9 @@ def sparsify(
         ramp: the parts of the steps at which the ramp begins and ends; what is left trains on after it.
         every: steps between two looks of the controller; None: a two-hundredth of the training.
         optimiser: of the loop; "prox" and "adaprox" take their step size from it.
-        samples: number of training samples; "calibrated" has its strength and its scale from them.
+        samples: number of training samples, for "calibrated" and "variational".
         loss: of "calibrated": "cross_entropy" of the model's output, or "squared" (half the sum of squares).
+        noise: of "variational", "hardconcrete" and "targeted"; None: as `Noise` has it.
         schedule: of `fallow.schedules`, or a function of the step to a factor of the strength.
         cut: survival rate below which a group is zero, without a target.
         include: names or patterns of the parameters to take; None: the weights of linear layers, convolutions
@@ -99,8 +110,8 @@ def sparsify(
     """
     refuse_unknown("sparsify", unknown, _KEYWORDS)
     check_choice("method", method, METHODS)
-    strategy = strategy or ("vardrop" if method == "calibrated" else "logsum")
-    strength = strength if strength is not None else 1.0 if method == "calibrated" else 1e-3
+    calibrated = method in ("calibrated", "variational")
+    strength = strength if strength is not None else 1.0 if calibrated else 1e-3
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
         raise UsageError(f"strength must be finite and not negative, got {strength!r}")
     if not 0 <= cut < 1:
@@ -108,19 +119,43 @@ def sparsify(
     chosen = weights_of(model, groups=groups, include=include, exclude=exclude)
     share = share_of_blocks(chosen[0]) if target is None and chosen[0].keep else target
     goal = None if share is None else target_of(share, steps, control, *ramp, every)
+    if method in NOISY:
+        own = NOISY[method].owns
+        if strategy is not None if own else strategy == "magnitude":
+            words = "has a penalty of its own" if own else "follows the survival rates of a penalty"
+            raise UsageError(f"method {method!r} {words}: leave out strategy=, got {strategy!r}")
+        chosen_strategy = _strategy(strategy or ("vardrop" if own else "logsum"))
+        how: Method = NOISY[method](
+            chosen, chosen_strategy, optimiser, model=model, noise=noise, samples=samples, target=goal
+        )
+    else:
+        how = _quiet(model, method, strategy, chosen, optimiser, goal, samples, loss)
+    return Sparsifier(model, chosen, how, float(strength), goal, schedule, float(cut))
+
+
+def _quiet(
+    model: nn.Module,
+    method: str,
+    strategy: str | Strategy | None,
+    chosen: list[Weight],
+    optimiser: torch.optim.Optimizer | None,
+    goal: Target | None,
+    samples: int | None,
+    loss: str,
+) -> Method:
+    """A method without noise."""
     if isinstance(strategy, str) and strategy == "magnitude":
         if goal is None:
             raise UsageError('strategy "magnitude" needs target= and steps=: nothing else says how many go')
-        how: Method = Method(chosen, Ridge(), optimiser)
-    elif method == "calibrated":
-        if samples is None:
-            raise UsageError('method "calibrated" needs samples=, how many the model is trained on')
-        count = check_count("samples", samples, 1)
-        curvature = Curvature(model, chosen, loss=loss)
-        how = Calibrated(chosen, _strategy(strategy), optimiser, curvature=curvature, samples=count)
-    else:
-        how = METHODS[method](chosen, _strategy(strategy), optimiser)
-    return Sparsifier(model, chosen, how, float(strength), goal, schedule, float(cut))
+        return Method(chosen, Ridge(), optimiser)
+    if method != "calibrated":
+        return METHODS[method](chosen, _strategy(strategy or "logsum"), optimiser)
+    if samples is None:
+        raise UsageError('method "calibrated" needs samples=, how many the model is trained on')
+    count = check_count("samples", samples, 1)
+    own = _strategy(strategy or "vardrop")
+    curvature = Curvature(model, chosen, loss=loss)
+    return Calibrated(chosen, own, optimiser, curvature=curvature, samples=count)
 
 
 def _strategy(given: Any) -> Strategy:
@@ -174,7 +209,10 @@ class Sparsifier:
         return self._method.penalty(self.current_strength)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the method itself, for the optimiser; only "eta" has any."""
+        """Parameters of the method itself, for the optimiser.
+
+        "eta", "variational" and "hardconcrete" have some; those of the latter two are the model's as well.
+        """
         return self._method.parameters()
 
     def update(self) -> None:
@@ -192,6 +230,8 @@ class Sparsifier:
         if looks:
             self._control()
         self._apply_masks()
+        if self._masks is not None:
+            self._method.masked(self._masks)
 
     def _settled(self) -> bool:
         """Whether the target is reached: what is left trains on without a penalty."""
@@ -210,15 +250,18 @@ class Sparsifier:
         target = self.target
         assert target is not None
         wanted = target.wanted(self.time)
-        if target.control == "ramp" or self.time == target.last:
+        ramp = target.control == "ramp" and not self._method.ramps
+        if ramp or self.time == target.last:
             self._masks, self.rescued = masks_for(self.weights, self._scores(), wanted)
-        else:
+            if self.time == target.last:
+                self._method.settle()
+        elif target.control == "strength":
             factor = self._factor * math.exp(_GAIN * (wanted - self.sparsity()))
             self._factor = min(max(factor, 1 / _MOST), _MOST)
 
     def _scores(self) -> list[Tensor]:
-        """Magnitudes; what is masked already stays so, and so do the best N of M."""
-        scores = [best_of_blocks(weight, weight.magnitude()) for weight in self.weights]
+        """The method's; what is masked already stays so, and so do the best N of M."""
+        scores = [best_of_blocks(weight, self._method.score(weight)) for weight in self.weights]
         if self._masks is None:
             return scores
         return [score.masked_fill(~mask, -math.inf) for score, mask in zip(scores, self._masks, strict=True)]
@@ -231,9 +274,11 @@ class Sparsifier:
                 weight.parameter.mul_(weight.spread(mask))
 
     def remove(self) -> None:
-        """Take what watches the model off it, where the method has something ("calibrated")."""
-        if isinstance(self._method, Calibrated):
-            self._method.curvature.remove()
+        """Take what watches the model or puts noise on it off; the weights stay as they are.
+
+        What is cut and plain is in `hardened`, before.
+        """
+        self._method.remove()
 
     # --- what there is --------------------------------------------------------------------------------------
 
@@ -241,8 +286,7 @@ class Sparsifier:
         """Keep probability of each group of each weight, by the weight's name; 0 where it is masked."""
         strength, rates = self.current_strength, {}
         for i, weight in enumerate(self.weights):
-            eta = self._method.eta(weight, strength)
-            rate = torch.where(eta.isinf(), 1.0, eta / (eta + strength)) if strength else torch.ones_like(eta)
+            rate = self._method.rate(weight, strength)
             rates[weight.name] = rate if self._masks is None else rate * self._masks[i]
         return rates
 
@@ -254,7 +298,8 @@ class Sparsifier:
             kept = [torch.ones_like(w.magnitude(), dtype=torch.bool) for w in self.weights]
         else:
             kept = [rate >= self.cut for rate in self.survival_rates().values()]
-        return {w.name: mask & (w.magnitude() > 0) for w, mask in zip(self.weights, kept, strict=True)}
+        found = zip(self.weights, kept, strict=True)
+        return {w.name: mask & (w.magnitude(self._method.final(w)) > 0) for w, mask in found}
 
     def sparsity(self) -> float:
         """The share of the chosen weights that is zero in the end, as of now."""
@@ -275,17 +320,19 @@ class Sparsifier:
                 mask = found[weight.name]
                 if not bool(mask.any()):
                     mask = mask.clone()
-                    mask.view(-1)[int(weight.magnitude().argmax())] = True
+                    mask.view(-1)[int(self._method.score(weight).argmax())] = True
                     self.rescued = [*self.rescued, weight.name]
                 weight.parameter.mul_(weight.spread(mask))
 
     def hardened(self) -> nn.Module:
-        """A copy of the model with zeros in it; the model stays as it is."""
+        """A plain copy of the model with zeros in it, noise taken off; the model stays as it is."""
         before = [weight.parameter.detach().clone() for weight in self.weights]
         try:
             self.harden()
             with self._method.off():
-                return copy.deepcopy(self.model)
+                copied = copy.deepcopy(self.model)
+            self._method.strip(copied)
+            return copied
         finally:
             with torch.no_grad():
                 for weight, value in zip(self.weights, before, strict=True):
