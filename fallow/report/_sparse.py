@@ -171,6 +171,9 @@ def notes(results: dict[str, Any]) -> tuple[str, ...]:
     failed = get(results, "small", "failed")
     if isinstance(failed, str):
         found.append(f"The network could not be made smaller; its zeros are in the files. {failed}.")
+    spared = results.get("spared")
+    for name in spared if isinstance(spared, list) else ():
+        found.append(f"The outputs of {name} are the classes, so all of them stay.")
     rescued = results.get("rescued")
     for name in rescued if isinstance(rescued, list) else ():
         found.append(f"{name} would be empty, and pass nothing on: one of its groups was kept.")

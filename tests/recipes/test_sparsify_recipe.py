@@ -221,6 +221,15 @@ def test_whole_groups_go(sparse: Sparse, groups: str):
     assert found(run)["summary"]["sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_no_class_is_taken_with_its_output_unless_it_is_asked_for(sparse: Sparse):
+    run = sparse(groups="outputs", target=0.6)
+    assert found(run)["spared"] == ["7.weight"]
+    assert [layer["name"] for layer in found(run)["layers"]] == ["1.weight", "5.weight"]
+    asked = sparse(groups="outputs", target=0.6, include=["1.weight", "7.weight"])
+    assert [layer["name"] for layer in found(asked)["layers"]] == ["1.weight", "7.weight"]
+    assert found(sparse(groups="inputs"))["spared"] == found(asked)["spared"] == []
+
+
 def test_a_layer_that_the_target_would_empty_is_named(sparse: Sparse):
     run = sparse(target=0.999)
     rescued = found(run)["rescued"]
