@@ -182,8 +182,8 @@ def _dropped(trace: Trace, value: int) -> float | None:
 
 
 def _drop_connect(head: Call) -> HeadNoise | None:
-    handle = DropConnect.of(head.module)
-    if handle is None or "weight" not in handle.names:
+    handle = DropConnect.of(head.module, "weight")
+    if handle is None:
         return None
     noise = HeadNoise(Units(handle.survival_rate), f"{head.name} (DropConnect)", weights=True)
     return None if noise.silent else noise

@@ -51,12 +51,17 @@ class DropConnect(Attached):
         self._rate = check_rate(value)
 
     @staticmethod
-    def of(module: nn.Module) -> DropConnect | None:
-        """The handle of a module with masked parameters, that of a copy for instance; None without."""
-        found = (noise for _, noise, _ in attached(module))
-        return next(
-            (noise for noise in found if isinstance(noise, DropConnect) and noise.module is module), None
-        )
+    def of(module: nn.Module, name: str | None = None) -> DropConnect | None:
+        """The handle of a module with masked parameters, that of a copy for instance; None without.
+
+        Args:
+            module: Of whose forward it is.
+            name: Of a masked parameter; None: of any, the first where handles are several.
+        """
+        for own, noise, _ in attached(module):
+            if isinstance(noise, DropConnect) and noise.module is module and name in (None, own):
+                return noise
+        return None
 
     def remove(self) -> None:
         """Leave the module as it was before; again: nothing."""
@@ -79,7 +84,7 @@ class DropConnect(Attached):
 
     def _row(self, x: Tensor) -> Tensor:
         layer: Any = self.module
-        if not layer.training or self._rate == 1 or DropConnect.of(layer) is not self:
+        if not layer.training or self._rate == 1 or DropConnect.of(layer, "weight") is not self:
             return linear(x, layer.weight, layer.bias)
         return _row_masks.linear(x, layer.weight, layer.bias, self._rate, self.generator)
 

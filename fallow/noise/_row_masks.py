@@ -6,6 +6,7 @@ seeds it again and draws the same. So what is kept for backward is the input, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def linear(
     if torch.is_autocast_enabled(x.device.type):  # as the plain linear map would
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = (t.to(half) if t.dtype != torch.float64 else t for t in (x, weight))
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out: Any = _RowMasked.apply(rows, weight, rate, seed_of(generator))
     out = out.view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias.to(out.dtype)

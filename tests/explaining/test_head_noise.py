@@ -49,6 +49,16 @@ def over_weight_masks(model: nn.Sequential, x: Tensor, loss) -> float:
     return total
 
 
+def test_masks_of_weights_are_found_beside_those_of_the_bias():
+    model, (x, y) = net(width=3), batch("quadratic")
+    drop_connect_(model[3], survival_rate=0.9, names="bias")
+    with pytest.raises(UsageError, match="no noise feeds 3 directly"):
+        explain_head(model, LOSSES["quadratic"], [(x, y)], draws=2)
+    drop_connect_(model[3], survival_rate=RATE)
+    found = explain_head(model, LOSSES["quadratic"], [(x, y)], draws=2)
+    assert (found.source, found.scheme) == ("3 (DropConnect)", str(Units(RATE)))
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_masks_of_weights_have_their_own_penalty(kind):
     model, (x, y) = net(width=3), batch(kind)

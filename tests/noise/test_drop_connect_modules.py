@@ -146,6 +146,23 @@ def test_row_mode_of_a_linear_layer_is_the_function() -> None:
     assert "forward" not in layer.__dict__
 
 
+@pytest.mark.parametrize("first", ["weight", "bias"])
+def test_rows_and_a_bias_are_masked_together_in_either_order(first: str) -> None:
+    layer, x, handles = nn.Linear(5, 4), torch.randn(6, 5), {}
+    for name in (first, {"weight": "bias", "bias": "weight"}[first]):
+        mode = "row" if name == "weight" else "batch"
+        source = generator(3)
+        handles[name] = drop_connect_(layer, survival_rate=P, names=name, mode=mode, generator=source)
+    expected = drop_connect(x, layer.weight, survival_rate=P, mode="row", generator=generator(3))
+    offset = layer(x) - expected
+    kept = offset[0] != 0
+    torch.testing.assert_close(offset, (kept * layer.bias / P).expand_as(offset))
+    assert {name: DropConnect.of(layer, name) for name in handles} == handles
+    assert DropConnect.of(layer) is handles[first] and DropConnect.of(layer, "other") is None
+    handles["weight"].remove()
+    assert DropConnect.of(layer) is handles["bias"] and "forward" not in layer.__dict__
+
+
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_draws_come_from_torchs_default_generator(mode: str) -> None:
     layer, x = nn.Linear(30, 40), torch.randn(3, 30)

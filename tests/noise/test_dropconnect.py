@@ -59,6 +59,14 @@ def test_it_is_the_masked_map(mode: str, rows: tuple[int, ...], with_bias: bool)
 
 
 @every_mode
+@pytest.mark.parametrize("rows", [(), (0,), (2, 3)], ids=str)
+def test_without_features_there_is_the_bias(mode: str, rows: tuple[int, ...]) -> None:
+    bias = torch.randn(3)
+    out = drop_connect(torch.ones(*rows, 0), torch.ones(3, 0), bias, survival_rate=0.5, mode=mode)
+    assert torch.equal(out, bias.expand(*rows, 3))
+
+
+@every_mode
 @every_dtype
 def test_every_dtype_is_kept_and_as_exact_as_the_plain_map(mode: str, dtype: torch.dtype) -> None:
     x, weight, bias = problem(64, dtype=dtype)
