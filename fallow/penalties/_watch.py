@@ -101,10 +101,11 @@ def is_dropout(module: nn.Module) -> bool:
 
 def drops(module: nn.Module) -> bool:
     """Whether a dropout, in training, can change anything, as far as its rate can be read."""
-    for name, none in (("p", 0), ("drop_prob", 0), ("survival_rate", 1)):
-        rate = getattr(module, name, None)
-        if isinstance(rate, int | float):
-            return rate != none
+    for holder in (module, getattr(module, "scheme", None)):
+        for name, none in (("p", 0), ("drop_prob", 0), ("survival_rate", 1), ("variance", 0)):
+            rate = getattr(holder, name, None)
+            if isinstance(rate, int | float):
+                return rate != none
     return True
 
 

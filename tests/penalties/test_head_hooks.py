@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fallow.errors import UsageError
 from fallow.noise import drop_connect_, weight_dropout_
-from fallow.noise.feature_dropout import BlockDropout
+from fallow.noise.feature_dropout import BlockDropout, FeatureDropout
 from fallow.penalties import HeadPenalty
-from fallow.schemes import Blocks, Units
+from fallow.schemes import Blocks, Gaussian, Units
 
 
 def hooks(model: nn.Module) -> int:
@@ -125,8 +125,11 @@ def test_noise_in_front_of_the_head_is_refused(noise: nn.Module):
     assert hooks(model) == 0
 
 
-def test_noise_that_is_off_or_further_away_is_not():
-    model, (x, *_) = net(nn.Dropout(0.0)), batch()
+@pytest.mark.parametrize(
+    "off", [nn.Dropout(0.0), FeatureDropout(Units(1.0)), FeatureDropout(Gaussian(0.0))], ids=repr
+)
+def test_noise_that_is_off_or_further_away_is_not(off):
+    model, (x, *_) = net(off), batch()
     model.body.add_module("drop", nn.Dropout(0.5))
     model.body.add_module("after", nn.Linear(7, 7).double())
     head = HeadPenalty(model, "fc", Units(0.7))
