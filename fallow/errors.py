@@ -112,7 +112,11 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def refuse_unknown(
-    function: str, kwargs: Mapping[str, object], allowed: Iterable[str] = (), *, rate: str = "survival_rate"
+    function: str,
+    kwargs: Mapping[str, object],
+    allowed: Iterable[str] = (),
+    *,
+    rate: str | None = "survival_rate",
 ) -> None:
     """Raise for keywords that `function` does not take; say the conversion where they name a rate.
 
@@ -120,7 +124,7 @@ def refuse_unknown(
         function: The public name of the function that got the keywords.
         kwargs: The keywords it does not know; an empty mapping passes.
         allowed: The keywords it does know.
-        rate: The keyword under which it takes a survival rate.
+        rate: The keyword under which it takes a survival rate; None: it takes none.
 
     Raises:
         ArgumentError: Where `kwargs` is not empty.
@@ -132,7 +136,7 @@ def refuse_unknown(
 survival_rate=0.9
     """
     for key, value in kwargs.items():
-        if key in _DROPPED + _KEPT + _EITHER:
+        if rate is not None and key in _DROPPED + _KEPT + _EITHER:
             raise ArgumentError(f"{function} takes {rate}, not {key}: {_conversion(key, value, rate)}")
         known = tuple(allowed)
         close = nearest(key, known)

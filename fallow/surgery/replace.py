@@ -95,9 +95,9 @@ def replace(
 def _checked(model: Any, what: Any, example: Any, options: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    refuse_unknown(
-        "replace", {k: v for k, v in options.items() if k not in _OPTIONS}, ("what", "example", *_OPTIONS)
-    )
+    unknown = {k: v for k, v in options.items() if k not in _OPTIONS}
+    # rates are those of the modules that are there
+    refuse_unknown("replace", unknown, ("what", "example", "missing_ok", *_OPTIONS), rate=None)
     if options and example is None:
         raise ArgumentError(
             f"{', '.join(options)} is for branches that rest, which need example=: pass the inputs of one "
