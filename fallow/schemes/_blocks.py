@@ -56,14 +56,15 @@ class Blocks(Masks):
         if self.grid == "disjoint":
             blocks = bernoulli((rows, -(-width // r)), p, generator, device)
             return blocks[:, :, None].expand(-1, -1, r).flatten(1)[:, :width]
-        # A place is free of a seed with probability p^(1/r). Where the block is longer than the width, the
-        # many places that drop everything are one, at the middle.
-        places, alone = width + r - 1, p ** (1 / self.block_size)
-        free = bernoulli((rows, places), alone, generator, device)
+        # A place is free of a seed with probability p^(1/r); that of a seed is drawn, since near 1 a
+        # device's numbers are coarse. Where the block is longer than the width, the many places that drop
+        # everything are one, at the middle.
+        share = math.log(p) / self.block_size
+        seeds = bernoulli((rows, width + r - 1), -math.expm1(share), generator, device)
         if self.block_size > width:
-            every = p ** ((self.block_size - width + 1) / self.block_size)
-            free[:, width - 1] = bernoulli((rows,), every, generator, device)
-        taken = torch.nn.functional.pad((~free).cumsum(1), (1, 0))
+            every = -math.expm1(share * (self.block_size - width + 1))
+            seeds[:, width - 1] = bernoulli((rows,), every, generator, device)
+        taken = torch.nn.functional.pad(seeds.cumsum(1), (1, 0))
         return taken[:, r:] == taken[:, :-r]
 
 
