@@ -29,6 +29,7 @@ from fallow.errors import UsageError
 from fallow.sparsity.base import Method
 from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.noisy import NOISY
+from fallow.sparsity.totals import total_of
 from fallow.sparsity.weights import Weight
 
 # Survival rates below this are not divided by: lam / eta stays below a thousand.
@@ -40,6 +41,11 @@ class Gradient(Method):
 
     def penalty(self, strength: float) -> Tensor | float:
         """``strength sum_g m Omega(n_g)``."""
+        single = [weight.parameter for weight in self.weights if weight.axis is None]
+        if len(single) == len(self.weights):
+            found = total_of(self.strategy, strength, single)
+            if found is not None:
+                return found
         total: Tensor | float = 0.0
         for weight in self.weights:
             value = self.strategy.value(_differentiable(weight)).sum()
@@ -86,13 +92,14 @@ class Prox(Method):
     def update(self, strength: float) -> None:
         """Shrink each group to its proximal point."""
         for weight, step in zip(self.weights, self._steps(), strict=True):
+            if weight.axis is None:
+                w = weight.parameter.detach()
+                w.copy_(self.strategy.prox(w, step * strength))
+                continue
             magnitude = weight.magnitude()
             shrunk = self.strategy.prox(magnitude, step * strength)
-            self._scale(weight, torch.where(magnitude > 0, shrunk / magnitude, 0.0))
-
-    def _scale(self, weight: Weight, factor: Tensor) -> None:
-        with torch.no_grad():
-            weight.parameter.mul_(weight.spread(factor))
+            factor = torch.where(magnitude > 0, shrunk / magnitude, 0.0)
+            weight.parameter.detach().mul_(weight.spread(factor))
 
     def _steps(self) -> Iterator[Any]:
         assert self.optimiser is not None
@@ -110,12 +117,16 @@ class AdaProx(Prox):
     """
 
     def update(self, strength: float) -> None:
-        """Multiply each group by ``eta / (eta + step strength)``."""
+        """Divide each group by ``1 + step strength / eta``, which is infinite where eta is 0."""
         for weight, step in zip(self.weights, self._steps(), strict=True):
-            eta = self.strategy.eta(weight.magnitude())
-            rate = eta / (eta + step * strength)
-            # 0 / 0 where a weight and the step are 0, inf / inf where nothing is penalised
-            self._scale(weight, torch.where(eta.isinf(), 1.0, rate.nan_to_num_(0.0)))
+            if strength == 0 or (isinstance(step, float) and step == 0):
+                continue  # 0 / 0 where eta is 0
+            w = weight.parameter.detach()
+            eta = self.strategy.eta(w if weight.axis is None else weight.magnitude())
+            # Six passes over the weights with eta's own: in small networks each is 1 % of a step.
+            one, step = eta.new_ones(()), torch.as_tensor(step, dtype=eta.dtype, device=eta.device)
+            inverse = torch.add(one, step / eta, alpha=strength)
+            w.div_(weight.spread(inverse))
 
 
 class Eta(Method):
@@ -240,8 +251,12 @@ def step_size(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: W
     second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if second is None:
         return rate
+    if rate == 0:
+        return rate
     count, beta = float(state["step"]), group["betas"][1]
-    step = second.div(1 - beta**count).sqrt_().add_(group["eps"]).reciprocal_().mul_(rate)
+    root = second.sqrt()
+    torch.add(second.new_tensor(group["eps"]), root, alpha=(1 - beta**count) ** -0.5, out=root)
+    step = torch.div(second.new_tensor(rate), root, out=root)
     if weight.axis is None:
         return step
     axes = [i for i in range(step.dim()) if i != weight.axis]

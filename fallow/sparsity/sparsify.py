@@ -195,6 +195,8 @@ class Sparsifier:
         self.time, self.rescued = 0, []
         self._method, self._factor = method, 1.0
         self._masks: list[Tensor] | None = None
+        self._applied: list[Tensor] | None = None  # the masks that the factors are of
+        self._factors: list[Tensor] = []
 
     @property
     def current_strength(self) -> float:
@@ -269,9 +271,13 @@ class Sparsifier:
     def _apply_masks(self) -> None:
         if self._masks is None:
             return
+        if self._applied is not self._masks:  # a product with booleans takes five times as long
+            found = zip(self.weights, self._masks, strict=True)
+            self._factors = [weight.spread(mask.to(weight.parameter.dtype)) for weight, mask in found]
+            self._applied = self._masks
         with torch.no_grad():
-            for weight, mask in zip(self.weights, self._masks, strict=True):
-                weight.parameter.mul_(weight.spread(mask))
+            for weight, factor in zip(self.weights, self._factors, strict=True):
+                weight.parameter.mul_(factor)
 
     def remove(self) -> None:
         """Take what watches the model or puts noise on it off; the weights stay as they are.
