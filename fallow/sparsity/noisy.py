@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import RateError, RunError, UsageError, check_count
+from fallow.errors import FallowError, RunError, UsageError, check_count
 from fallow.noise import (
     HardConcreteGates,
     TargetedDropout,
@@ -162,10 +162,10 @@ class Dropout(Noisy):
         """Take the survival rates of the weights as they are now."""
         if not self.handle.names:
             return
-        rates = {weight.name: weight.spread(self.rate(weight, strength)) for weight in self.weights}
         try:
-            self.handle.rates = rates
-        except RateError:
+            found = {weight.name: self.rate(weight, strength) for weight in self.weights}
+            self.handle.rates = {weight.name: weight.spread(found[weight.name]) for weight in self.weights}
+        except FallowError:  # as a rule NaN, which is looked for only now
             for weight in self.weights:
                 if not bool(weight.parameter.isfinite().all()):
                     raise RunError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.errors import ArgumentError, UsageError, check_choice, nearest
+from fallow.noise._attached import attached
 from fallow.surgery.survey import matches, patterns
 
 GROUPS = ("weights", "outputs", "inputs", "heads")
@@ -101,12 +102,15 @@ def weights_of(
         check_choice("groups", groups, (*GROUPS, "N:M"))
     found, others, seen = [], {}, set()
     heads = _head_projections(model) if groups == "heads" else {}
+    learned = {name + noise.extra for name, noise, _ in attached(model) if noise.extra}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(prefix, recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            weight = _weight(key, module, parameter, groups, heads)
+            weight: Weight | str = "what noise on a weight has learned"
+            if key not in learned:
+                weight = _weight(key, module, parameter, groups, heads)
             if isinstance(weight, Weight):
                 found.append(weight)
             else:
