@@ -108,9 +108,10 @@ def weights_of(
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            weight: Weight | str = "what noise on a weight has learned"
-            if key not in learned:
-                weight = _weight(key, module, parameter, groups, heads)
+            if key in learned:
+                others[key] = "what noise on a weight has learned"
+                continue
+            weight = _weight(key, module, parameter, groups, heads)
             if isinstance(weight, Weight):
                 found.append(weight)
             else:
