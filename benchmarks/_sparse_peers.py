@@ -110,7 +110,8 @@ def torch_prune(model: nn.Module, data: Data, steps: int, seed: int, target: flo
 
     def act(_: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> torch.optim.Optimizer:
         if ramp.looks(step):
-            gone = sum(int((m.weight_mask == 0).sum()) for m, _ in chosen if hasattr(m, "weight_mask"))
+            masks = [m.get_buffer("weight_mask") for m, _ in chosen if hasattr(m, "weight_mask")]
+            gone = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
             more = round(ramp.wanted(step) * count) - gone
             prune.global_unstructured(chosen, prune.L1Unstructured, amount=more)
         return optimiser

@@ -36,7 +36,7 @@ from benchmarks._sparse_tables import show
 from fallow.data import load
 from fallow.models import CifarResNet, lenet300, vgg_small
 from fallow.penalties import MCP, LogSum, LpNorm
-from fallow.sparsity import shrink
+from fallow.sparsity import Shrunk, shrink
 
 STEP_BOUND, PROX_BOUND, LATENCY_BOUND, LATENCY_SHARE = 1.10, 6.0, 1.2, 0.25
 PARTS = ("steps", "prox", "latency", "peers")
@@ -79,8 +79,8 @@ def trainer(subject: str, optimiser: str, method: str, options: argparse.Namespa
     run = None
     if method != PLAIN:
         chosen = METHODS[method]
-        strength = {} if chosen["method"] == "calibrated" else {"strength": STRENGTH}
-        run = fallow.sparsify(model, optimiser=moves, **chosen, **strength)
+        strength = None if chosen["method"] == "calibrated" else STRENGTH
+        run = fallow.sparsify(model, optimiser=moves, strength=strength, **chosen)
         if more := list(run.parameters()):
             moves.add_param_group({"params": more})
 
@@ -169,7 +169,8 @@ def latencies(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     dense = vgg_small(channels=1, image=options.image, widths=options.widths).eval()
     x = torch.randn(options.batch_size, 1, options.image, options.image)
-    models, found = {"dense": dense}, {}
+    models: dict[str, nn.Module] = {"dense": dense}
+    found: dict[str, Shrunk] = {}
     for share in options.share:
         for multiple in options.multiple:
             small = shrink(without_filters(dense, share, multiple), x[:1])
@@ -222,7 +223,8 @@ def against_peers(options: argparse.Namespace) -> dict[str, Any]:
     )
     steps = options.epochs * len(data.x) // peers.BATCH
     targets = {"": 0.0, peers.WEIGHTS: options.weights_target, peers.FILTERS: options.filters_target}
-    rows, models = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    models: dict[str, nn.Module] = {}
     for name, (kind, arm) in peers.available().items():
         made = []
         for seed in range(options.seeds):

@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 
 _SOURCE = Path(__file__).with_name("dropblock.cpp")
-_COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-ffp-contract=off")
+_INCLUDED = Path(__file__).with_name("weights.h")
+_COMMON = tuple("-O3 -std=c++17 -shared -fPIC -fno-exceptions -fno-math-errno -ffp-contract=off".split())
 # Tried in this order: what the compiler knows of the processor and of threads differs.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _TIMEOUT = 60.0  # seconds for all of them together
@@ -154,6 +155,10 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, ctypes.c_double, ctypes.c_uint64),
         *(pointer, pointer, ctypes.c_double, pointer, pointer, number, number),
     ]
+    size = ctypes.c_double
+    found.fallow_logsum.argtypes, found.fallow_logsum.restype = [pointer, pointer, number, size, size], size
+    found.fallow_logsum_adaprox.argtypes = [pointer, pointer, number, size, size, size, size]
+    found.fallow_logsum_adaprox.restype = None
     return found
 
 
@@ -182,6 +187,7 @@ def _key(compiler: list[str]) -> str:
     program = os.stat(os.path.realpath(compiler[0]))  # its version, without the time to ask for it
     parts = (
         _SOURCE.read_bytes(),
+        _INCLUDED.read_bytes(),
         *map(str, (compiler, program.st_size, program.st_mtime_ns, _COMMON, _FLAGS, sys.platform)),
         *(platform.machine(), *platform.libc_ver(), _processor()),
     )

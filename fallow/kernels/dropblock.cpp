@@ -575,3 +575,5 @@ int32_t fallow_dropblock(const int64_t* spec, const int64_t* table, double inten
     return 1;
 }
 }
+
+#include "weights.h"

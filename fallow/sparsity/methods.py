@@ -20,12 +20,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fallow.errors import UsageError
+from fallow.kernels import logsum_adaprox_
+from fallow.penalties import LogSum
 from fallow.sparsity.base import Method
 from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.noisy import NOISY
@@ -102,12 +104,20 @@ class Prox(Method):
             weight.parameter.detach().mul_(weight.spread(factor))
 
     def _steps(self) -> Iterator[Any]:
-        assert self.optimiser is not None
-        settings = {id(p): group for group in self.optimiser.param_groups for p in group["params"]}
+        for weight, group in zip(self.weights, self._settings(), strict=True):
+            yield step_size(self._optimiser(), group, weight)
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """Of each weight the optimiser's group."""
+        settings = {id(p): group for group in self._optimiser().param_groups for p in group["params"]}
         for weight in self.weights:
             if id(weight.parameter) not in settings:
                 raise UsageError(f"the optimiser does not move {weight.name}: give it all of the parameters")
-            yield step_size(self.optimiser, settings[id(weight.parameter)], weight)
+            yield settings[id(weight.parameter)]
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        assert self.optimiser is not None
+        return self.optimiser
 
 
 class AdaProx(Prox):
@@ -118,14 +128,16 @@ class AdaProx(Prox):
 
     def update(self, strength: float) -> None:
         """Divide each group by ``1 + step strength / eta``, which is infinite where eta is 0."""
-        for weight, step in zip(self.weights, self._steps(), strict=True):
-            if strength == 0 or (isinstance(step, float) and step == 0):
+        for weight, group in zip(self.weights, self._settings(), strict=True):
+            if strength == 0 or float(group["lr"]) == 0:
                 continue  # 0 / 0 where eta is 0
-            w = weight.parameter.detach()
+            w, step = weight.parameter.detach(), moments(self._optimiser(), group, weight)
+            if weight.axis is None and type(self.strategy) is LogSum:
+                if logsum_adaprox_(w, self.strategy.eps, step.rate * strength, *step[1:]):
+                    continue
             eta = self.strategy.eta(w if weight.axis is None else weight.magnitude())
-            # Six passes over the weights with eta's own: in small networks each is 1 % of a step.
-            one, step = eta.new_ones(()), torch.as_tensor(step, dtype=eta.dtype, device=eta.device)
-            inverse = torch.add(one, step / eta, alpha=strength)
+            size = torch.as_tensor(_step(step, weight), dtype=eta.dtype, device=eta.device)
+            inverse = torch.add(eta.new_ones(()), size / eta, alpha=strength)
             w.div_(weight.spread(inverse))
 
 
@@ -241,21 +253,40 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+class Moments(NamedTuple):
+    """An optimiser's step for a unit of gradient: ``rate / (sqrt(second) correction + offset)``, or rate."""
+
+    rate: float
+    second: Tensor | None = None
+    correction: float = 1.0
+    offset: float = 0.0
+
+
+def moments(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: Weight) -> Moments:
+    """The step as the optimiser's state has it."""
+    rate = float(group["lr"])
+    state = optimiser.state.get(weight.parameter, {})
+    second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if second is None or rate == 0:
+        return Moments(rate)
+    correction = (1 - group["betas"][1] ** float(state["step"])) ** -0.5
+    return Moments(rate, second, correction, group["eps"])
+
+
 def step_size(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: Weight) -> Any:
     """The optimiser's step for a unit of gradient: its rate, over the root second moment where it has one.
 
     For a group of entries the mean over them. Read it before a scheduler moves the rate.
     """
-    rate = float(group["lr"])
-    state = optimiser.state.get(weight.parameter, {})
-    second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    return _step(moments(optimiser, group, weight), weight)
+
+
+def _step(found: Moments, weight: Weight) -> Any:
+    rate, second, correction, offset = found
     if second is None:
         return rate
-    if rate == 0:
-        return rate
-    count, beta = float(state["step"]), group["betas"][1]
     root = second.sqrt()
-    torch.add(second.new_tensor(group["eps"]), root, alpha=(1 - beta**count) ** -0.5, out=root)
+    torch.add(second.new_tensor(offset), root, alpha=correction, out=root)
     step = torch.div(second.new_tensor(rate), root, out=root)
     if weight.axis is None:
         return step

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallow.kernels import logsum_total
 from fallow.penalties import LogSum
 
 _CHUNK, _FACTORS = 2**16, 8
@@ -25,7 +26,10 @@ def logsum_and_gradient(w: Tensor, eps: float, factor: float) -> tuple[float, Te
     References:
         Derived.
     """
-    flat = w.detach().reshape(-1)
+    flat = w.detach()
+    if (found := logsum_total(flat, eps, factor)) is not None:
+        return found
+    flat = flat.reshape(-1)
     gradient = torch.empty_like(flat)
     zeros, room, one = _room(w.dtype)
     total = 0.0
@@ -75,7 +79,7 @@ class _Total(torch.autograd.Function):
         weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             with torch.enable_grad():
-                total = sum(ctx.strategy.total(w) for w in weights)
+                total = torch.stack([ctx.strategy.total(w) for w in weights]).sum()
             parts = torch.autograd.grad(total, weights, create_graph=True)
             return None, None, *(grad * ctx.factor * part for part in parts)
         if ctx.gradients is None:
