@@ -19,6 +19,7 @@ from fallow.penalties.separable import Separable
 from fallow.recipes._config import device_of, option
 from fallow.sparsity.control import CONTROLS
 from fallow.sparsity.methods import METHODS
+from fallow.sparsity.noisy import NOISY
 from fallow.sparsity.weights import GROUPS
 
 OPTIMISERS = ("adam", "sgd")
@@ -38,11 +39,13 @@ class SparseConfig:
     image_size: int | None = option("Side to which the images of an imagefolder are brought [32].")
     model: str = option(f"Model: {_LISTED}.", "lenet300")
     weights: str | None = option("Local .safetensors or .pt file to begin with [random; the run's].")
-    strategy: str = option(
-        f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(_SINGLE)}.",
-        "logsum",
+    strategy: str | None = option(
+        f"Penalty or strategy, NAME or NAME:KEY=VALUE,...: {MAGNITUDE}, {', '.join(_SINGLE)} "
+        "[logsum; of method calibrated vardrop].",
     )
-    strength: float = option("What the penalty is multiplied by.", 1e-4)
+    strength: float | None = option(
+        "What the penalty is multiplied by [1e-4; of methods calibrated and variational 1]."
+    )
     method: str = option(f"How it acts: {', '.join(METHODS)}.", "gradient")
     groups: str = option("What lives or dies together: weights, outputs, inputs, heads or N:M.", "weights")
     target: float | None = option("Share of the weights to be zero [what the survival rates say].")
@@ -90,9 +93,14 @@ class SparseConfig:
         """
         adam = 3e-3 if self.model in FEEDFORWARD else 1e-3
         rate = {"adam": adam, "sgd": 0.05}.get(self.optimiser)
+        default = "vardrop" if self.method == "calibrated" else "logsum"
+        strategy = None if owns_penalty(self.method) else default
+        strength = 1.0 if self.method in ("calibrated", "variational") else 1e-4
         full = replace(
             self,
             data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),
+            strategy=strategy if self.strategy is None else self.strategy,
+            strength=strength if self.strength is None else self.strength,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
             device=device_of(self.device),
         )
@@ -100,8 +108,15 @@ class SparseConfig:
         return full
 
     def penalty(self) -> Any:
-        """The strategy as `fallow.sparsify` takes it; of a configuration that was checked."""
-        return self.strategy if self.strategy == MAGNITUDE else strategy_of(self.strategy)
+        """The strategy as `fallow.sparsify` takes it; of a configuration that was settled."""
+        if self.strategy is None or self.strategy == MAGNITUDE:
+            return self.strategy
+        return strategy_of(self.strategy)
+
+
+def owns_penalty(method: str) -> bool:
+    """Whether a method's noise says what is penalised, so that there is no strategy to choose."""
+    return method in NOISY and NOISY[method].owns
 
 
 def strategy_of(text: str) -> Any:
@@ -160,6 +175,8 @@ def _check(config: SparseConfig) -> None:
             raise UsageError(f"{flag} must be a number of at least 0, got {value}")
     if not 0 <= config.cut < 1:
         raise UsageError(f"--cut must be a survival rate in [0, 1), got {config.cut}")
+    if owns_penalty(config.method) and config.strategy is not None:
+        raise UsageError(f"--method {config.method} has a penalty of its own: leave out --strategy")
     if config.learning_rate == 0:
         raise UsageError("--learning-rate must be above 0")
     _check_target(config)
@@ -187,6 +204,10 @@ def _check_target(config: SparseConfig) -> None:
             "--ramp-begin and --ramp-end are parts of the training, 0 <= begin <= end <= 1, got "
             f"{config.ramp_begin} and {config.ramp_end}"
         )
+    if config.method == "targeted" and config.target is None:
+        raise UsageError("--method targeted needs --target: nothing else says how many weights go")
+    if config.method == "targeted" and config.control == "strength":
+        raise UsageError("--method targeted has no strength to control: leave out --control")
     if config.strategy == MAGNITUDE and config.target is None and blocks is None:
         raise UsageError(
             f"--strategy {MAGNITUDE} needs --target, the share of weights to be zero: nothing else says how "

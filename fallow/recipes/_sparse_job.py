@@ -133,6 +133,7 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
     spared = _classes_of(model, config, dataset.classes)
     total = config.epochs * batches.per_epoch
     optimiser = _optimiser(model, config)
+    torch.manual_seed(seed_of(config.seed, "noise"))  # of what gates begin with
     run = start(
         model,
         strategy=config.penalty(),
@@ -147,6 +148,7 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
         include=config.include or None,
         exclude=(*config.exclude, *spared) or None,
         optimiser=optimiser,
+        samples=batches.sizes["train"],
     )
     own = [*run.parameters()]
     if own:

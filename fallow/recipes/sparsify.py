@@ -227,16 +227,11 @@ def _close_epoch(job: Job, rate: float) -> str:
 @contextlib.contextmanager
 def _as_cut(job: Job) -> Iterator[nn.Module]:
     """The model with zeros where it is cut, for as long as this lasts."""
-    before = [weight.parameter.detach().clone() for weight in job.run.weights]
     rescued = job.run.rescued
     try:
-        job.run.harden()
-        yield job.model
+        yield job.run.hardened()
     finally:
         job.run.rescued = rescued
-        with torch.no_grad():
-            for weight, value in zip(job.run.weights, before, strict=True):
-                weight.parameter.copy_(value)
 
 
 def error_of(model: nn.Module, batches: Batches, part: str) -> float:
@@ -253,7 +248,9 @@ def error_of(model: nn.Module, batches: Batches, part: str) -> float:
 
 def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
     """Set to zero what is cut, test, shrink, measure, and write what is left."""
-    job.run.harden()
+    plain = job.run.hardened().state_dict()
+    job.run.remove()
+    job.model.load_state_dict(plain)
     model = job.model.eval()
     folder.write_weights(WEIGHTS, model.state_dict())
     test = {"test_error": error_of(model, job.batches, "test"), "test_images": job.batches.sizes["test"]}

@@ -24,7 +24,7 @@ from fallow.recipes._batches import Batches
 from fallow.recipes._run import RESULTS, STATE, WEIGHTS
 from fallow.recipes._sparse_config import SparseConfig, strategy_of
 from fallow.recipes._sparse_job import prepare
-from fallow.recipes.sparsify import resume, sparsify
+from fallow.recipes.sparsify import error_of, resume, sparsify
 from fallow.recipes.train import resume as resume_train
 from fallow.sparsity import Sparsifier
 
@@ -292,6 +292,11 @@ def test_a_run_without_weights_is_refused(sparse: Sparse):
         {"checkpoint_every": 4, "method": "tikhonov", "target": None, "augment": True},
         {"checkpoint_every": 4, "method": "prox", "groups": "2:4", "target": None, "include": ("1.weight",)},
         {"strategy": "magnitude", "weight_decay": 0.01},
+        {"checkpoint_every": 4, "method": "calibrated", "target": None, "strength": None},
+        {"checkpoint_every": 4, "method": "gaussian", "strength": 0.01},
+        {"checkpoint_every": 4, "method": "variational", "control": "strength", "strength": None},
+        {"checkpoint_every": 4, "method": "hardconcrete", "groups": "outputs", "target": None},
+        {"checkpoint_every": 4, "method": "targeted"},
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(
@@ -304,6 +309,16 @@ def test_a_resumed_run_ends_with_the_same_bits(
     first, other = found(whole), found(cut)
     for key in ("config", "epochs", "layers", "summary", "histogram", "curves", "rescued", "test"):
         assert first[key] == other[key]
+
+
+@pytest.mark.parametrize("method", ["dropout", "variational", "hardconcrete", "targeted"])
+def test_a_run_with_noise_leaves_plain_weights_that_compute_what_was_measured(sparse: Sparse, method: str):
+    run = sparse(method=method, strength=None)
+    model = tiny(classes=10, channels=1, image=8)
+    model.load_state_dict(torch.load(run / WEIGHTS, weights_only=True))
+    assert error_of(model, batches_of(run), "test") == found(run)["test"]["test_error"]
+    zeros = sum(int((model.get_parameter(name) == 0).sum()) for name in ("1.weight", "5.weight"))
+    assert zeros >= round(0.8 * (64 * 30 + 30 * 20))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(sparse, tmp_path, monkeypatch):
@@ -386,6 +401,9 @@ def test_a_checkpoint_never_holds_what_is_not_finite(sparse: Sparse, monkeypatch
         ({"groups": "rows"}, '--groups must be "weights"'),
         ({"ramp_begin": 0.8}, "--ramp-begin and --ramp-end"),
         ({"cut": 1.0}, "--cut must be a survival rate"),
+        ({"method": "targeted", "target": None}, "--method targeted needs --target"),
+        ({"method": "targeted", "control": "strength"}, "no strength to control"),
+        ({"method": "variational", "strategy": "logsum"}, "has a penalty of its own: leave out --strategy"),
         ({"strength": -1.0}, "--strength must be a number of at least 0, got -1.0"),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
         ({"method": "proxy"}, '--method must be .*got "proxy"'),
