@@ -18,28 +18,29 @@ OURS, PEER, SPARSE = "logsum-target", "magnitude", "sparse-vd"
 BATCH = {SPARSE: 100}
 PUBLISHED_EPOCHS, PUBLISHED_DATA = 200, "mnist"
 
-# Of LogSum on its way to a target: near to the dual of variational dropout of 60,000 images.
-_OWN: Mapping[str, Mapping[str, Any]] = {OURS: {"eps": 0.05, "strength": 3e-5}, PEER: {}, SPARSE: {}}
+# Of LogSum on its way to a target: by validation error, see the item tuning. The dual of variational dropout
+# of 60,000 images would have a strength of 3.2e-5.
+_OWN: Mapping[str, Mapping[str, Any]] = {OURS: {"eps": 0.05, "strength": 1e-5}, PEER: {}, SPARSE: {}}
 _RATE: Mapping[str, float] = {OURS: 3e-3, PEER: 3e-3}
 # What was tried for either recipe, the same number of settings: learning rates, and for each of them these.
 TRIED_RATES = (1e-3, 3e-3, 6e-3)
 TRIED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     PEER: ({"ramp": [0.1, 0.5]}, {}, {"ramp": [0.1, 0.85]}, {"ramp": [0.3, 0.7]}),
-    OURS: tuple({"eps": eps, "strength": strength} for eps in (0.05, 0.5) for strength in (3e-5, 1e-4)),
+    OURS: tuple({"eps": eps, "strength": strength} for eps in (0.05, 0.2) for strength in (1e-5, 3e-5)),
 }
 # Seconds an epoch of 48,000 images on one core, by method; of digits, by how much less.
 _SECONDS = {
-    "vardrop-lr-ar": 5.5,
-    "vardrop-lr": 4.8,
-    "vardrop": 4.2,
-    "eta-trick": 4.1,
-    "eta-trick-published": 4.0,
-    "adaprox": 2.7,
-    "adatikhonov": 2.4,
-    "logsum": 2.5,
-    SPARSE: 6.7,
-    PEER: 2.2,
-    OURS: 2.7,
+    "vardrop-lr-ar": 5.6,
+    "vardrop-lr": 4.9,
+    "vardrop": 4.6,
+    "eta-trick": 3.6,
+    "eta-trick-published": 3.6,
+    "adaprox": 1.7,
+    "adatikhonov": 1.9,
+    "logsum": 1.5,
+    SPARSE: 6.1,
+    PEER: 1.4,
+    OURS: 1.7,
 }
 _DIGITS = 1 / 100
 

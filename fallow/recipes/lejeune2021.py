@@ -142,7 +142,7 @@ def _paper(as_published: bool) -> Paper:
         scales={
             "tiny": Scale("Digits of 8x8 pixels, 300 epochs, 2 seeds; a few minutes on two cores."),
             "small": Scale("MNIST, 40 epochs, one seed; about half an hour on two cores."),
-            "full": Scale("MNIST, 200 epochs, 3 seeds; about six hours on two cores."),
+            "full": Scale("MNIST, 200 epochs, 3 seeds; about four hours on two cores."),
         },
         notes=(
             "The paper's body was not available to us: only its abstract and introduction. What its figures "
