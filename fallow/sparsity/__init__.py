@@ -1,7 +1,7 @@
 """From training with a penalty or an adaptive dropout to a smaller dense model."""
 
 from fallow.sparsity.curvature import Curvature
-from fallow.sparsity.noisy import Noise
+from fallow.sparsity.noise import Noise
 from fallow.sparsity.regression import Fit, irls, proximal, variable_projection
 from fallow.sparsity.shrink import Shrunk, shrink
 from fallow.sparsity.shrinking.files import Saved, load

@@ -18,7 +18,8 @@ from fallow.sparsity.base import Method, Strategy
 from fallow.sparsity.control import Target, best_of_blocks, masks_for, share_of_blocks, target_of
 from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.methods import METHODS, Calibrated
-from fallow.sparsity.noisy import NOISY, Noise
+from fallow.sparsity.noise import Noise
+from fallow.sparsity.noisy import NOISY
 from fallow.sparsity.weights import Weight, weights_of
 
 if TYPE_CHECKING:
