@@ -78,7 +78,8 @@ def test_on_a_terminal_there_is_a_table(call: Call, monkeypatch: pytest.MonkeyPa
     [
         (
             ["hayou2012"],
-            "no paper hayou2012: did you mean hayou2021? There are hayou2021, lejeune2021, pal2020, small1999",
+            "no paper hayou2012: did you mean hayou2021? There are hayou2021, lejeune2021, pal2020, "
+            "small1999",
         ),
         (["small1999", "--only", "fist"], "no item fist: did you mean first? There are first, second"),
         (["small1999", "--scale", "huge"], "no scale huge: there are tiny"),
