@@ -205,12 +205,19 @@ def left_to_torch(x: Tensor, used: Counter[str]) -> None:
         "expanded": lambda x: x[:, :1].expand(x.shape),
         "complex": lambda x: torch.complex(x, x),
         "negative bit": lambda x: torch.complex(x, x).conj().imag,
-        "subclass": lambda x: x.as_subclass(Marked),
     }.items(),
     ids=lambda item: item[0],
 )
 def test_other_tensors_are_left_to_torch(make: tuple[str, Any], used: Counter[str]) -> None:
     left_to_torch(make[1](torch.randn(4, 6, 8, 7)), used)
+
+
+def test_a_class_of_tensors_of_its_own_sees_plain_operations(used: Counter[str]) -> None:
+    x = torch.randn(4, 6, 8, 7).as_subclass(Marked)
+    one, other = both(lambda: drop_block2d(x, **SPARSE), 0)
+    assert not used  # the kernel is not even asked
+    assert type(one) is Marked
+    assert_same(one, other)
 
 
 def test_contiguous_parts_and_parameters_are_not(used: Counter[str]) -> None:
