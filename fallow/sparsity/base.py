@@ -86,8 +86,16 @@ class Method:
         return torch.where(eta.isinf(), 1.0, eta / (eta + strength)) if strength else torch.ones_like(eta)
 
     def score(self, weight: Weight) -> Tensor:
-        """What a target ranks groups by: the smallest go first."""
-        return weight.magnitude()
+        """What a target ranks groups by: the smallest go first.
+
+        The magnitude; of groups over the mean of those in their layer that are not zero, as layers that take
+        many inputs have smaller weights and would go first as a whole.
+        """
+        magnitude = weight.magnitude()
+        if weight.axis is None:
+            return magnitude
+        alive = magnitude > 0
+        return magnitude * (alive.sum() / magnitude.sum()) if bool(alive.any()) else magnitude
 
     # --- the plain model ------------------------------------------------------------------------------------
 

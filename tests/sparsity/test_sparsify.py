@@ -225,6 +225,21 @@ def test_the_magnitudes_that_go_are_the_smallest_of_all_layers() -> None:
     assert before[kept].min() >= before[~kept].max()
 
 
+def test_groups_are_ranked_within_what_is_usual_in_their_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20))
+    with torch.no_grad():
+        model.get_parameter("2.weight").mul_(0.01)  # small as a whole: no reason to go as a whole
+    options = {"strategy": "magnitude", "groups": "outputs", "target": 0.5, "steps": 1}
+    run = sparsify(model, ramp=(0.0, 1.0), **options)
+    run.update()
+    for weight, mask in zip(run.weights, run.masks().values(), strict=True):
+        assert 0.2 < float(mask.float().mean()) < 0.8
+        kept = weight.magnitude(weight.parameter.detach())[mask]
+        assert bool((kept > 0).all())
+    assert not run.rescued
+
+
 @pytest.mark.parametrize("groups", ["outputs", "inputs"])
 def test_whole_groups_go(groups: str) -> None:
     run = train(make_model(), 20, strategy="magnitude", target=0.5, steps=20, groups=groups)
