@@ -226,6 +226,7 @@ def test_training_drives_out_weights_that_do_not_matter() -> None:
     handle = variational_(layer)
     optimiser = torch.optim.Adam(layer.parameters(), lr=0.05)
     for step in range(600):
+        optimiser.param_groups[0]["lr"] = 0.05 * (1 - step / 600)  # or the last draws decide
         optimiser.zero_grad()
         bound = (layer(x) - y).square().mean() / (2 * 0.3**2) + min(step / 300, 1) * handle.kl() / 200
         bound.backward()
