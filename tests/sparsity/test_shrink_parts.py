@@ -67,9 +67,8 @@ def test_random_zeros_never_change_outputs_and_leave_nothing_for_a_second_time(
     x = torch.randn(3, *shape, dtype=torch.float64)
     result = shrink(net, x[:1])
     assert_same(net, result.model, x, tolerance=1e-11)
-    # a layer that nothing needs keeps some of itself, which may be less the second time
-    empty = {item.name for item in result.left if "would be empty" in item.reason}
-    assert not shrink(result.model, x[:1]).removed.keys() - empty
+    # attention that has no effect keeps equal pieces of its heads, smaller ones the second time
+    assert all("attention" in name for name in shrink(result.model, x[:1]).removed)
     assert all(p.numel() for p in result.model.parameters())
 
 
