@@ -16,7 +16,7 @@ from fallow.data import Dataset
 from fallow.errors import RunError
 from fallow.integrations.loading import load_model
 from fallow.planning import RunningSensitivities
-from fallow.recipes._batches import Batches, seed_of
+from fallow.recipes._batches import Batches, error_of, seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._measure import Stopwatch, mean, median, peak_memory, ratio
 from fallow.recipes._optimise import optimiser
@@ -185,13 +185,8 @@ class Arm:
 
     def error(self, batches: Batches, part: str) -> float:
         """Share of the images of a part that the model at evaluation gets wrong."""
-        self.model.eval()
-        wrong = 0
-        with torch.no_grad(), _autocast(self.config):
-            for x, y in batches.evaluated(part):
-                wrong += int((self.model(x).argmax(1) != y).sum())
-        self.model.train()
-        return wrong / batches.sizes[part]
+        with _autocast(self.config):
+            return error_of(self.model, batches, part)
 
     # --- results and checkpoints -------------------------------------------------------------------------
     def results(self) -> dict[str, Any]:

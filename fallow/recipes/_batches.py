@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fallow.data import Dataset, augment
 from fallow.errors import UsageError
@@ -96,3 +96,15 @@ class Batches:
         return (
             x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x.contiguous()
         )
+
+
+def error_of(model: nn.Module, batches: Batches, part: str) -> float:
+    """Share of the images of a part that the model at evaluation gets wrong."""
+    was = model.training
+    model.eval()
+    wrong = 0
+    with torch.no_grad():
+        for x, y in batches.evaluated(part):
+            wrong += int((model(x).argmax(1) != y).sum())
+    model.train(was)
+    return wrong / batches.sizes[part]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fallow.errors import FallowError, RunError, UsageError
 from fallow.recipes import _sparse_results
-from fallow.recipes._batches import Batches, seed_of
+from fallow.recipes._batches import error_of, seed_of
 from fallow.recipes._job import surroundings
 from fallow.recipes._run import WEIGHTS, RunFolder, first_free
 from fallow.recipes._sparse_config import SparseConfig
@@ -232,18 +232,6 @@ def _as_cut(job: Job) -> Iterator[nn.Module]:
         yield job.run.hardened()
     finally:
         job.run.rescued = rescued
-
-
-def error_of(model: nn.Module, batches: Batches, part: str) -> float:
-    """Share of the images of a part that the model at evaluation gets wrong."""
-    was = model.training
-    model.eval()
-    wrong = 0
-    with torch.no_grad():
-        for x, y in batches.evaluated(part):
-            wrong += int((model(x).argmax(1) != y).sum())
-    model.train(was)
-    return wrong / batches.sizes[part]
 
 
 def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
