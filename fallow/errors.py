@@ -7,6 +7,7 @@ specialises, so that `except ValueError` in code that knows nothing of fallow st
 from __future__ import annotations
 
 import importlib
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -98,6 +99,23 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < minimum:
         raise UsageError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """Return `value` as a float if it is a finite number from `low` to `high`; booleans are refused.
+
+    Examples:
+        >>> check_number("cut", 2, 0, 1)
+        Traceback (most recent call last):
+        fallow.errors.UsageError: cut must be in [0, 1], got 2
+    """
+    number = _as_float(value)
+    if number is None or not low <= number <= high or math.isinf(number):
+        allowed = (
+            f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"a number of at least {low:g}, finite"
+        )
+        raise UsageError(f"{name} must be {allowed}, got {value!r}")
+    return number
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -160,15 +159,6 @@ def check_rates(name: str, rates: object, shape: torch.Size, *, lowest: float = 
         bad = float(given[wrong][0])
         raise RateError(f"{name}: survival rates must be in [{lowest:g}, 1], got {bad:g}")
     return given
-
-
-def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:
-    """Return `value` as a float if it lies in [low, high]; booleans, NaN and infinities are refused."""
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    if not (low <= number <= high and math.isfinite(number)):
-        words = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and at least {low:g}"
-        raise UsageError(f"{name} must be {words}, got {value!r}")
-    return number
 
 
 def group_shape(module: nn.Module, name: str, weight: Tensor, groups: str) -> tuple[int, ...]:

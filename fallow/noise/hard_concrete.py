@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, check_choice, check_rate, refuse_unknown
+from fallow.errors import ArgumentError, check_choice, check_number, check_rate, refuse_unknown
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number, draw, group_shape
+from fallow.noise._handle import Handle, draw, group_shape
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 # Between these log a stays, as in the authors' code; gates are neither quite open nor quite shut.

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, RunError, UsageError
+from fallow.errors import ArgumentError, RunError, UsageError, check_number
 from fallow.noise._attached import Attached, check_free
-from fallow.noise._handle import Handle, check_number, draw
+from fallow.noise._handle import Handle, draw
 
 _LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 

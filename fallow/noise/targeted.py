@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import RateError, check_choice, check_count, refuse_unknown
+from fallow.errors import RateError, check_choice, check_count, check_number, refuse_unknown
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number, check_rates, draw, group_shape
+from fallow.noise._handle import Handle, check_rates, draw, group_shape
 
 GROUPS = ("weights", "outputs")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fallow.errors import UsageError, check_choice
+from fallow.errors import UsageError, check_choice, check_number
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number, draw
+from fallow.noise._handle import Handle, draw
 from fallow.special import variational_kl
 
 FORMS = {"additive": ("_log_variance", -10.0), "multiplicative": ("_log_alpha", -5.0)}

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fallow.errors import ArgumentError, RateError, UsageError, check_choice, refuse_unknown
+from fallow.errors import ArgumentError, RateError, UsageError, check_choice, check_number, refuse_unknown
 from fallow.noise._attached import Attached, placed
-from fallow.noise._handle import Handle, check_number, check_rates, draw
+from fallow.noise._handle import Handle, check_rates, draw
 
 KINDS = ("bernoulli", "gaussian")
 

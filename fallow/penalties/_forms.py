@@ -24,6 +24,7 @@ from fallow.schemes import (
     Scheme,
     Units,
     UnitsInBlocks,
+    odds,
 )
 
 
@@ -151,11 +152,6 @@ def form_of(scheme: Scheme, width: int) -> Form:
         share = -math.log(scheme.survival_rate) / scheme.block_size
         return Form(width, band=torch.expm1(share * places))
     return Form(width, dense=scheme.characteristic_matrix(width, dtype=torch.float64))
-
-
-def odds(rate: float) -> float:
-    """Variance of a multiplier, ``(1 - p) / p``."""
-    return (1 - rate) / rate
 
 
 def _band_total(lags: Tensor, weight: Tensor, features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fallow.errors import UsageError, check_choice, check_count, check_rate
 from fallow.penalties._checks import check_floats
-from fallow.penalties._forms import odds
+from fallow.schemes import odds
 
 
 def class_activation_omega(

@@ -15,9 +15,9 @@ import math
 from torch import Tensor
 
 from fallow.errors import UsageError
-from fallow.penalties._forms import check_scheme, form_of, odds
+from fallow.penalties._forms import check_scheme, form_of
 from fallow.penalties.minimiser import Minimiser, closed_form, effective_gamma, minimise
-from fallow.schemes import Blocks, Exchangeable, FixedSize, Gaussian, Layer, Scheme, Units
+from fallow.schemes import Blocks, Exchangeable, FixedSize, Gaussian, Layer, Scheme, Units, odds
 
 # By how much alpha + beta may be below 0 from rounding alone.
 _ROUNDING = 1e-12

@@ -9,7 +9,7 @@ References:
     Pal et al. 2020 name the framework; the matrices are derived.
 """
 
-from fallow.schemes._base import Masks, Scheme, characteristic_matrix
+from fallow.schemes._base import Masks, Scheme, characteristic_matrix, odds
 from fallow.schemes._blocks import Blocks, UnitsInBlocks
 from fallow.schemes._features import Exchangeable, FixedSize, Layer, Units
 from fallow.schemes._normal import Correlated, Gaussian
@@ -26,4 +26,5 @@ __all__ = [
     "Units",
     "UnitsInBlocks",
     "characteristic_matrix",
+    "odds",
 ]

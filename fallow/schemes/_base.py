@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from abc import ABC, abstractmethod
 
 import torch
@@ -112,19 +110,6 @@ def same_length(name: str, length: int, width: int) -> None:
     """
     if length != width:
         raise UsageError(f"{name} has {length} numbers and the width is {width}; give one for each feature")
-
-
-def check_number(name: str, value: object, low: float, high: float) -> float:
-    """The value as a float if it is a finite number from low to high.
-
-    Raises:
-        UsageError: Where it is not.
-    """
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    if not low <= number <= high or math.isinf(number):
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"a number of at least {low:g}"
-        raise UsageError(f"{name} must be {allowed}, got {value!r}")
-    return number
 
 
 def odds(rate: float) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fallow.errors import UsageError, check_count, check_rate
-from fallow.schemes._base import Masks, bernoulli, check_number, drawn_on, odds, same_length
+from fallow.errors import UsageError, check_count, check_number, check_rate
+from fallow.schemes._base import Masks, bernoulli, drawn_on, odds, same_length
 
 # A number that is whole, or a correlation that is at its bound, but for rounding.
 _ROUNDING = 1e-9

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fallow.errors import UsageError
-from fallow.schemes._base import Scheme, check_number, drawn_on, same_length
+from fallow.errors import UsageError, check_number
+from fallow.schemes._base import Scheme, drawn_on, same_length
 
 
 @dataclass(frozen=True)
