@@ -328,7 +328,8 @@ class Sparsifier:
                 if not bool(mask.any()):
                     mask = mask.clone()
                     mask.view(-1)[int(self._method.score(weight).argmax())] = True
-                    self.rescued = [*self.rescued, weight.name]
+                    if weight.name not in self.rescued:
+                        self.rescued = [*self.rescued, weight.name]
                 weight.parameter.mul_(weight.spread(mask))
 
     def hardened(self) -> nn.Module:

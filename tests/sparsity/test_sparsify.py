@@ -276,6 +276,16 @@ def test_a_layer_is_never_emptied_and_says_so() -> None:
     assert "2.weight would be empty" in str(run)
 
 
+def test_a_layer_that_survival_rates_would_empty_is_named_once() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("2.weight").mul_(1e-6)
+    run = sparsify(model, strategy=penalties.LogSum(2.0), strength=1e-3)
+    for _ in range(2):
+        assert int(run.hardened().get_parameter("2.weight").count_nonzero()) == 1
+    assert run.rescued == ["2.weight"]
+
+
 def test_the_controller_of_strength_follows_its_ramp() -> None:
     model = make_model()
     run = train(
