@@ -95,7 +95,7 @@ def test_a_layer_that_would_be_empty_and_what_stays_are_said():
         "small": {"left": [{"name": "linear3", "count": 5, "reason": "an output of the model"}] * 7},
     }
     lines = _sparsify.remarks(found)
-    assert lines[0] == "linear2.weight would be empty: one of its groups was kept"
+    assert lines[0] == "linear2.weight would be empty: the largest of its groups stayed"
     assert lines[1] == "stays in linear3: 5 dead, an output of the model"
     assert lines[-1] == "and 2 more kinds, in the report" and len(lines) == 7
     failed = _sparsify.remarks({"rescued": [], "small": {"failed": "why"}})

@@ -85,7 +85,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What the table does not say: what was kept, what stays, why nothing could be made smaller."""
     small = results["small"]
     found = [f"the outputs of {name} are the classes: all of them stay" for name in results.get("spared", ())]
-    found += [f"{name} would be empty: one of its groups was kept" for name in results["rescued"]]
+    found += [f"{name} would be empty: the largest of its groups stayed" for name in results["rescued"]]
     if "failed" in small:
         return [
             *found,

@@ -25,7 +25,15 @@ from fallow.sparsity.weights import GROUPS
 OPTIMISERS = ("adam", "sgd")
 MAGNITUDE = "magnitude"
 _SINGLE = [name for name, entry in PENALTIES.items() if entry.separable and name != "vectorard"]
-_AT_LEAST = {"epochs": 1, "batch_size": 2, "threads": 1, "checkpoint_every": 1, "train_size": 1, "seed": 0}
+_AT_LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "multiple": 1,
+    "threads": 1,
+    "checkpoint_every": 1,
+    "train_size": 1,
+    "seed": 0,
+}
 _LISTED = f"{', '.join((*FEEDFORWARD, *MODELS))}, timm:NAME, torchvision:NAME or the folder of a run"
 
 
@@ -52,6 +60,7 @@ class SparseConfig:
     control: str = option(f"How a target is reached: {' or '.join(CONTROLS)}.", "ramp")
     ramp_begin: float = option("Part of the training at which the ramp begins.", 0.1)
     ramp_end: float = option("Part of the training at which the target is reached.", 0.7)
+    multiple: int = option("With a target of outputs or inputs: how many of a layer go at a time.", 1)
     cut: float = option("Without a target: the survival rate below which a weight is zero.", 0.05)
     include: tuple[str, ...] = option("Only weights that match this pattern; may be repeated.", ())
     exclude: tuple[str, ...] = option("Leave out weights that match this pattern; may be repeated.", ())
@@ -204,6 +213,8 @@ def _check_target(config: SparseConfig) -> None:
             "--ramp-begin and --ramp-end are parts of the training, 0 <= begin <= end <= 1, got "
             f"{config.ramp_begin} and {config.ramp_end}"
         )
+    if config.multiple > 1 and (config.target is None or config.groups not in ("outputs", "inputs")):
+        raise UsageError(f"--multiple {config.multiple} needs --groups outputs or inputs, and a --target")
     if config.method == "targeted" and config.target is None:
         raise UsageError("--method targeted needs --target: nothing else says how many weights go")
     if config.method == "targeted" and config.control == "strength":

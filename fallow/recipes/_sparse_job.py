@@ -144,6 +144,7 @@ def prepare(config: SparseConfig, command: str) -> tuple[Job, Origin]:
         steps=total,
         control=config.control,
         ramp=(config.ramp_begin, config.ramp_end),
+        multiple=config.multiple,
         cut=config.cut,
         include=config.include or None,
         exclude=(*config.exclude, *spared) or None,

@@ -176,7 +176,7 @@ def notes(results: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"The outputs of {name} are the classes, so all of them stay.")
     rescued = results.get("rescued")
     for name in rescued if isinstance(rescued, list) else ():
-        found.append(f"{name} would be empty, and pass nothing on: one of its groups was kept.")
+        found.append(f"{name} would be empty, and pass nothing on: the largest of its groups stayed.")
     gap, largest = (number(get(results, "small", key)) for key in ("largest_difference", "largest_output"))
     if gap is not None and largest is not None:
         found.append(

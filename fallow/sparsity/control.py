@@ -27,6 +27,7 @@ class Target:
         begin: the step at which the ramp begins.
         last: the step from which the share is that of the target, to train what is left.
         every: steps between two looks.
+        multiple: groups of a weight go by so many at a time.
     """
 
     share: float
@@ -35,6 +36,7 @@ class Target:
     begin: int
     last: int
     every: int
+    multiple: int = 1
 
     def wanted(self, step: int) -> float:
         """The share at a step: ``share (1 - (1 - t)^3)`` with t from 0 to 1 between begin and last.
@@ -53,7 +55,13 @@ class Target:
 
 
 def target_of(
-    share: float, steps: int | None, control: str, begin: float, last: float, every: int | None
+    share: float,
+    steps: int | None,
+    control: str,
+    begin: float,
+    last: float,
+    every: int | None,
+    multiple: int = 1,
 ) -> Target:
     """A target, checked.
 
@@ -64,6 +72,7 @@ def target_of(
         begin: the part of the steps before anything is taken.
         last: the part of the steps after which the target holds.
         every: steps between two looks; None: a two-hundredth of the training.
+        multiple: groups of a weight go by so many at a time.
 
     Raises:
         UsageError: a number out of its range, or no steps.
@@ -79,11 +88,14 @@ def target_of(
     if not 0 <= begin <= last <= 1:
         raise UsageError(f"ramp must be two parts of the steps, 0 <= begin <= end <= 1, got {(begin, last)}")
     every = max(steps // 200, 1) if every is None else check_count("every", every, 1)
-    return Target(float(share), steps, control, int(begin * steps), max(int(last * steps), 1), every)
+    multiple = check_count("multiple", multiple, 1)
+    return Target(
+        float(share), steps, control, int(begin * steps), max(int(last * steps), 1), every, multiple
+    )
 
 
 def masks_for(
-    weights: Sequence[Weight], scores: Sequence[Tensor], share: float
+    weights: Sequence[Weight], scores: Sequence[Tensor], share: float, multiple: int = 1
 ) -> tuple[list[Tensor], list[str]]:
     """True = kept: all but the smallest groups, together at most that share of the entries.
 
@@ -91,25 +103,44 @@ def masks_for(
         weights: what is made sparse.
         scores: of the groups, the larger the later they go; negative infinity: gone already.
         share: of all entries, to be zero.
+        multiple: groups of a weight go in packs of so many, ranked by their mean scores.
 
     Returns:
-        A mask of the groups for each weight, and the names of those of which one group was kept though it
-        belongs to the smallest: a layer that is empty passes nothing on.
+        A mask of the groups for each weight, and the names of those of which one group was kept, or one pack,
+        though it belongs to the smallest: a layer that is empty passes nothing on.
     """
-    sizes = torch.cat([torch.full((w.count,), w.members, dtype=torch.int64) for w in weights])
-    flat = torch.cat([s.detach().flatten().float().cpu() for s in scores])
+    units, packs = [s.detach().flatten().float().cpu() for s in scores], None
+    counts = [torch.ones(len(unit), dtype=torch.int64) for unit in units]
+    if multiple > 1:
+        packs = [pack_of(unit, multiple) for unit in units]
+        counts = [pack.bincount() for pack in packs]
+        found = zip(units, packs, counts, strict=True)
+        units = [torch.zeros(len(n)).index_add(0, p, s) / n for s, p, n in found]
+    flat = torch.cat(units)
+    sizes = torch.cat([count * w.members for w, count in zip(weights, counts, strict=True)])
     budget = math.floor(share * int(sizes.sum()) + 0.5)
     gone = _smallest(flat, sizes, budget)
     gone &= flat < math.inf
-    masks, rescued, first = [], [], 0
-    for weight, score in zip(weights, scores, strict=True):
-        mask = ~gone[first : first + weight.count]
-        first += weight.count
+    masks, rescued = [], []
+    for i, mask in enumerate((~gone).split([len(unit) for unit in units])):
         if not bool(mask.any()):
-            mask[int(score.flatten().argmax())] = True
-            rescued.append(weight.name)
-        masks.append(mask.view(score.shape).to(score.device))
+            mask[int(units[i].argmax())] = True
+            rescued.append(weights[i].name)
+        mask = mask if packs is None else mask[packs[i]]
+        masks.append(mask.view(scores[i].shape).to(scores[i].device))
     return masks, rescued
+
+
+def pack_of(scores: Tensor, multiple: int) -> Tensor:
+    """The pack of each group, from 0 for the largest; the last takes what the multiple leaves over.
+
+    Examples:
+        >>> pack_of(torch.tensor([0.3, 0.9, 0.1, 0.5, 0.7]), 2)
+        tensor([1, 0, 2, 1, 0])
+    """
+    pack = torch.empty(len(scores), dtype=torch.int64)
+    pack[scores.argsort(descending=True, stable=True)] = torch.arange(len(scores)) // multiple
+    return pack
 
 
 def _smallest(flat: Tensor, sizes: Tensor, budget: int) -> Tensor:

@@ -29,8 +29,8 @@ CUT = 0.05  # groups that would be kept less often are zero in the end
 # The strength follows the share of zeros: by this factor for a share that is off by 1, within these bounds.
 _GAIN, _MOST = 4.0, 1e6
 _KEYWORDS = (
-    "strategy strength method groups target steps control ramp every optimiser samples loss noise schedule "
-    "cut include exclude"
+    "strategy strength method groups target steps control ramp every multiple optimiser samples loss noise "
+    "schedule cut include exclude"
 ).split()
 
 
@@ -46,6 +46,7 @@ def sparsify(
     control: str = "ramp",
     ramp: tuple[float, float] = (0.1, 0.7),
     every: int | None = None,
+    multiple: int = 1,
     optimiser: torch.optim.Optimizer | None = None,
     samples: int | None = None,
     loss: str = "cross_entropy",
@@ -83,6 +84,8 @@ def sparsify(
         control: "ramp": the smallest groups go as the ramp says; "strength": the strength follows the ramp.
         ramp: the parts of the steps at which the ramp begins and ends; what is left trains on after it.
         every: steps between two looks of the controller; None: a two-hundredth of the training.
+        multiple: with a target, "outputs" and "inputs" go by so many at a time, so that what is left of a
+            layer is a multiple of it, as fast kernels want; the share is met to that many groups.
         optimiser: of the loop; "prox" and "adaprox" take their step size from it.
         samples: number of training samples, for "calibrated" and "variational".
         loss: of "calibrated": "cross_entropy" of the model's output, or "squared" (half the sum of squares).
@@ -119,7 +122,9 @@ def sparsify(
         raise UsageError(f"cut is a survival rate in [0, 1), got {cut!r}")
     chosen = weights_of(model, groups=groups, include=include, exclude=exclude)
     share = share_of_blocks(chosen[0]) if target is None and chosen[0].keep else target
-    goal = None if share is None else target_of(share, steps, control, *ramp, every)
+    goal = None if share is None else target_of(share, steps, control, *ramp, every, multiple)
+    if multiple != 1 and (goal is None or groups not in ("outputs", "inputs")):
+        raise UsageError(f'multiple is of groups "outputs" or "inputs" with a target, got {multiple!r}')
     if method in NOISY:
         own = NOISY[method].owns
         if strategy is not None if own else strategy == "magnitude":
@@ -255,7 +260,7 @@ class Sparsifier:
         wanted = target.wanted(self.time)
         ramp = target.control == "ramp" and not self._method.ramps
         if ramp or self.time == target.last:
-            self._masks, self.rescued = masks_for(self.weights, self._scores(), wanted)
+            self._masks, self.rescued = masks_for(self.weights, self._scores(), wanted, target.multiple)
             if self.time == target.last:
                 self._method.settle()
         elif target.control == "strength":
@@ -394,5 +399,5 @@ class Sparsifier:
             kind = "" if weight.groups == "weights" else f" {weight.groups}"
             lines.append(f"  {weight.name}: {int(mask.sum())} of {weight.count}{kind}")
         for name in self.rescued:
-            lines.append(f"  {name} would be empty: one of its groups was kept")
+            lines.append(f"  {name} would be empty: the largest of its groups stayed")
         return "\n".join(lines)

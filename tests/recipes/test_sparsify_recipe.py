@@ -201,6 +201,11 @@ def test_the_sparse_file_holds_the_same_weights_in_rows(sparse: Sparse, recwarn:
     assert {n for n, v in content["state"].items() if v.layout == torch.sparse_csr} == set(content["shapes"])
 
 
+def test_widths_are_multiples_of_what_was_asked(sparse: Sparse):
+    shapes = found(sparse(groups="outputs", target=0.5, multiple=5))["small"]["shapes"]
+    assert [shape[0] % 5 for shape in shapes.values()] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("groups", ["outputs", "inputs", "2:4", "heads"])
 def test_whole_groups_go(sparse: Sparse, groups: str):
     model = "vit_small" if groups == "heads" else "tiny"
@@ -400,6 +405,8 @@ def test_a_checkpoint_never_holds_what_is_not_finite(sparse: Sparse, monkeypatch
         ({"groups": "4:2"}, "keeps N of M neighbours, N below M, got 4:2"),
         ({"groups": "rows"}, '--groups must be "weights"'),
         ({"ramp_begin": 0.8}, "--ramp-begin and --ramp-end"),
+        ({"multiple": 8}, "--multiple 8 needs --groups outputs or inputs"),
+        ({"multiple": 0}, "--multiple must be"),
         ({"cut": 1.0}, "--cut must be a survival rate"),
         ({"method": "targeted", "target": None}, "--method targeted needs --target"),
         ({"method": "targeted", "control": "strength"}, "no strength to control"),

@@ -13,6 +13,8 @@ from fallow import penalties, schedules
 from fallow.errors import ArgumentError, RunError, UsageError
 from fallow.models import lenet300
 from fallow.sparsity import Sparsifier, sparsify
+from fallow.sparsity.control import masks_for
+from fallow.sparsity.weights import Weight
 
 
 def make_model() -> nn.Sequential:
@@ -265,6 +267,42 @@ def test_two_of_four_neighbours_are_left_and_they_are_the_best() -> None:
         assert bool(torch.gather(kept, -1, best).all())
 
 
+@pytest.mark.parametrize("control", ["ramp", "strength"])
+@pytest.mark.parametrize("groups", ["outputs", "inputs"])
+def test_what_is_left_of_a_layer_is_a_multiple(groups: str, control: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 18), nn.ReLU(), nn.Linear(18, 16))
+    options = {"strategy": "logsum", "groups": groups, "target": 0.6, "steps": 40, "control": control}
+    run = train(model, 40, multiple=4, **options)
+    left = [int(mask.sum()) for mask in run.masks().values()]
+    whole = [mask.numel() for mask in run.masks().values()]
+    assert all(n % 4 == 0 or n == all_of_it for n, all_of_it in zip(left, whole, strict=True)), left
+    most = max(4 * weight.members for weight in run.weights)
+    total = sum(weight.parameter.numel() for weight in run.weights)
+    assert 0.6 - most / total < run.sparsity() <= 0.6
+
+
+def test_packs_go_by_their_mean_whole_and_for_good() -> None:
+    scores = torch.tensor([0.9, 0.1, 0.8, 0.2, 0.5])  # in twos: .9 .8, .5 .2, and .1 alone
+    weight = Weight("w", nn.Parameter(torch.zeros(5, 2)), "outputs", 0)
+    for share, kept in [(0.1, [0, 1, 2, 3, 4]), (0.2, [0, 2, 3, 4]), (0.5, [0, 2, 3, 4]), (0.6, [0, 3])]:
+        masks, rescued = masks_for([weight], [scores], share, 2)
+        assert masks[0].nonzero()[:, 0].tolist() == kept and not rescued
+        scores = scores.masked_fill(~masks[0], -math.inf)
+        scores[[0, 3]] = 1.0  # what grows takes the place of others
+    masks, rescued = masks_for([weight], [scores], 0.99, 2)
+    assert int(masks[0].sum()) == 2 and rescued == ["w"]
+
+
+def test_packs_of_one_are_single_groups() -> None:
+    torch.manual_seed(0)
+    weights = [Weight(str(i), nn.Parameter(torch.randn(9 + i, 3)), "outputs", 0) for i in range(3)]
+    scores = [weight.magnitude() for weight in weights]
+    for share in (0.2, 0.5, 0.9):
+        plain, packed = (masks_for(weights, scores, share, *more)[0] for more in ((), (1,)))
+        assert all(torch.equal(a, b) for a, b in zip(plain, packed, strict=True))
+
+
 def test_a_layer_is_never_emptied_and_says_so() -> None:
     model = make_model()
     with torch.no_grad():
@@ -407,6 +445,9 @@ def test_options_that_cannot_be_are_refused() -> None:
         ({"groups": "rows"}, UsageError, "groups must be"),
         ({"cut": 1.0}, UsageError, "cut"),
         ({"ramp": (0.9, 0.1), "target": 0.5, "steps": 9}, UsageError, "begin <= end"),
+        ({"multiple": 8, "groups": "outputs"}, UsageError, "with a target, got 8"),
+        ({"multiple": 8, "target": 0.5, "steps": 9}, UsageError, 'multiple is of groups "outputs"'),
+        ({"multiple": 0, "groups": "outputs", "target": 0.5, "steps": 9}, UsageError, "multiple must be"),
         ({"optimizer": None}, ArgumentError, "did you mean optimiser"),
     ]
     for options, kind, text in cases:
