@@ -18,7 +18,9 @@ _SHOWN = 3  # failed cells that the closing error names
 
 def reproduce(
     context: typer.Context,
-    paper: Annotated[str | None, typer.Argument(help="A paper on the shelf; none: list them all.")] = None,
+    paper: Annotated[
+        str | None, typer.Argument(help="A paper on the shelf, or all; none: list them.")
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Only this item (figure or table); may be repeated.")
     ] = None,
@@ -50,40 +52,60 @@ def reproduce(
 ) -> None:
     """Reproduce a paper's figures and tables; what is done is never run again.
 
-    Without a paper: everything there is, with its command, expected time and the state of its last run.
+    Without a paper: everything there is, with its command, expected time and the state of its last run. With
+    "all": every paper, one after the other.
     """
     console = show.console()
-    if paper is None:
-        given = {"--only": only, "--scale": scale, "--out": out, "--data-dir": data_dir, "--force": force}
-        given["--as-published"] = as_published
+    if paper in (None, shelf.ALL):
+        given = {"--only": only, "--as-published": as_published}
+        if paper is None:
+            given |= {"--scale": scale, "--out": out, "--data-dir": data_dir, "--force": force}
         for name, value in given.items():
             if value:
                 raise UsageError(f"{name} goes with a paper: fallow reproduce PAPER {name} ...")
+    if paper is None:
         _print_list(console)
         return
     scale = scale or SCALES[0]
-    chosen = shelf.paper_of(paper, as_published=as_published)
-    items = chosen.chosen(only or (), scale)
-    names = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
-    watcher = _progress.Table(console, names) if console.is_terminal else _progress.Lines(_line)
-    done = shelf.reproduce(
-        chosen,
-        scale=scale,
-        only=only or (),
-        jobs=jobs,
-        out=out,
-        data_dir=data_dir,
-        force=force,
-        watcher=watcher,
-        command=shlex.join(context.obj),
-        remarks=note or (),
-    )
-    _line(f"results {done.folder / 'results.json'}")
-    page = write_report(done.folder)
-    if done.failed:
-        words = "; ".join(f"{cell.name}: {cell.message}" for cell in done.failed[:_SHOWN])
-        raise RunError(f"{len(done.failed)} cells failed ({words}); the rest is in {page}")
-    _line(f"report  {page}")
+    names = list(shelf.PAPERS) if paper == shelf.ALL else [paper]
+    chosen = [shelf.paper_of(name, as_published=as_published) for name in names]
+    homes = {one.name: _home(one.name, scale, out, alone=paper != shelf.ALL) for one in chosen}
+    if paper == shelf.ALL:
+        shelf.refuse_all(homes, scale, None if data_dir is None else str(data_dir), force)
+    failed: list[str] = []
+    for one in chosen:
+        if paper == shelf.ALL:
+            _line(f"{one.name}: {one.title}")
+        items = one.chosen(only or (), scale)
+        cells = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
+        done = shelf.reproduce(
+            one,
+            scale=scale,
+            only=only or (),
+            jobs=jobs,
+            out=homes[one.name],
+            data_dir=data_dir,
+            force=force,
+            watcher=_progress.Table(console, cells) if console.is_terminal else _progress.Lines(_line),
+            command=shlex.join(context.obj),
+            remarks=note or (),
+        )
+        _line(f"results {done.folder / 'results.json'}")
+        page = write_report(done.folder)
+        failed += [f"{cell.name}: {cell.message}" for cell in done.failed]
+        if not done.failed:
+            _line(f"report  {page}")
+    if paper == shelf.ALL:
+        page = write_report([*homes.values()], (out or Path("runs")) / f"{shelf.ALL}-{scale}.html")
+        _line(f"all     {page}")
+    if failed:
+        raise RunError(f"{len(failed)} cells failed ({'; '.join(failed[:_SHOWN])}); the rest is in {page}")
+
+
+def _home(paper: str, scale: str, out: Path | None, *, alone: bool) -> Path:
+    """The folder of a paper: the one that was named, or for all of them one below it."""
+    usual = shelf.home_of(paper, scale)
+    return usual if out is None else out if alone else out / usual.name
 
 
 def _print_list(console: Any) -> None:

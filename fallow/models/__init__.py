@@ -31,6 +31,7 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "resnet152",
     "resnet1202",
     "vgg_small",
     "vit_small",
@@ -41,6 +42,7 @@ resnet32: Callable[..., CifarResNet] = partial(CifarResNet, 32)
 resnet44: Callable[..., CifarResNet] = partial(CifarResNet, 44)
 resnet56: Callable[..., CifarResNet] = partial(CifarResNet, 56)
 resnet110: Callable[..., CifarResNet] = partial(CifarResNet, 110)
+resnet152: Callable[..., CifarResNet] = partial(CifarResNet, 152)
 resnet1202: Callable[..., CifarResNet] = partial(CifarResNet, 1202)
 vit_small: Callable[..., SmallViT] = SmallViT
 
@@ -50,6 +52,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet44": resnet44,
     "resnet56": resnet56,
     "resnet110": resnet110,
+    "resnet152": resnet152,
     "resnet1202": resnet1202,
     "vit_small": vit_small,
 }

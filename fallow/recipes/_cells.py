@@ -86,6 +86,7 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
     found = train.read_results(folder)
     arm, data = found["arms"]["model"], found["provenance"]["data"]
     return {
+        **_beside(found),
         "test_error": arm["summary"]["test_error"],
         "test_images": arm["summary"]["test_images"],
         "realised_cost": found["summary"]["realised_cost"],
@@ -98,13 +99,35 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
     }
 
 
+def _beside(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training run found of its constant-depth twin; nothing where it had none."""
+    twin = found["arms"].get("twin")
+    if twin is None:
+        return {}
+    ours, theirs, budget = found["arms"]["model"]["summary"], twin["summary"], found["budget"]
+    return {
+        "twin_test_error": theirs["test_error"],
+        "twin_cpu_s_per_step": theirs["cpu_s_per_step"],
+        "twin_epochs": twin["epochs"],
+        "time_ratio": found["summary"]["time_ratio"],
+        "wall_ratio": found["summary"]["wall_ratio"],
+        "memory_ratio": found["summary"].get("memory_ratio"),
+        "memory_mb": [ours["peak_memory_mb"], theirs["peak_memory_mb"]],
+        "ideal": {"flops": budget["ideal_flops"], "time": budget["ideal_time"]},
+        "realised_depth": ours["realised_depth"],
+        "expected_depth": budget["expected_depth"],
+    }
+
+
 def seconds(cell: Cell, folder: Path) -> float | None:
     """Processor seconds of a finished cell's steps or work."""
     if cell.work is not None:
         return _read(folder / CELL).get("seconds")
-    found = train.read_results(folder)["arms"]["model"]
-    step = found["summary"]["cpu_s_per_step"]
-    return None if step is None else step * len(found["depths"])
+    took = [
+        (arm["summary"]["cpu_s_per_step"], len(arm["depths"]))
+        for arm in train.read_results(folder)["arms"].values()
+    ]
+    return None if any(step is None for step, _ in took) else sum(step * steps for step, steps in took)
 
 
 class Pieces:

@@ -48,6 +48,14 @@ def panel(
     return {"title": title, "x": x, "y": y, "log": log, "note": note, "series": list(curves)}
 
 
+def heat(
+    title: str, x: str, y: str, xs: Sequence[Any], ys: Sequence[Any], values: Sequence[Sequence[float | None]]
+) -> dict[str, Any]:
+    """A map of numbers: `values` holds a row for each of `ys`, in it one for each of `xs`."""
+    grid = [list(row) for row in values]
+    return {"kind": "heat", "title": title, "x": x, "y": y, "xs": [*xs], "ys": [*ys], "values": grid}
+
+
 def table(
     caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = ""
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,34 @@ import torch
 from fallow import data
 from fallow._version import __version__
 from fallow.errors import DataError, UsageError, check_count, nearest
-from fallow.recipes import _cells, hayou2021, lejeune2021, pal2020
+from fallow.recipes import _cells, hayou2021, huang2016, lejeune2021, pal2020
 from fallow.recipes._experiments import LABELS, Cell, Item, Paper
 from fallow.recipes._results import now
 from fallow.recipes._run import RESULTS, RunFolder
 from fallow.recipes._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
 from fallow.recipes._stop import Interrupted
 
-__all__ = ["AS_PUBLISHED", "PAPERS", "Done", "Entry", "cores", "entries", "home_of", "paper_of", "reproduce"]
+__all__ = [
+    "ALL",
+    "AS_PUBLISHED",
+    "PAPERS",
+    "Done",
+    "Entry",
+    "cores",
+    "entries",
+    "home_of",
+    "paper_of",
+    "refuse_all",
+    "reproduce",
+]
+
 
 PAPERS: dict[str, Paper] = {
-    paper.name: paper for paper in (hayou2021.PAPER, lejeune2021.PAPER, pal2020.PAPER)
+    paper.name: paper for paper in (huang2016.PAPER, hayou2021.PAPER, pal2020.PAPER, lejeune2021.PAPER)
 }
 # Those of which the authors' code departs from the formulas, shown as the code has it; the same cells.
 AS_PUBLISHED: dict[str, Paper] = {lejeune2021.PUBLISHED.name: lejeune2021.PUBLISHED}
+ALL = "all"  # in place of a paper's name: every one of them
 SCHEMA = 1
 TWO_CORES = 2  # what expected times are said for
 
@@ -75,7 +89,7 @@ def paper_of(name: str, *, as_published: bool = False) -> Paper:
         return AS_PUBLISHED[name] if as_published else PAPERS[name]
     close = nearest(name, PAPERS)
     hint = f"did you mean {close}? There" if close else "there"
-    raise UsageError(f"no paper {name}: {hint} are {', '.join(PAPERS)}")
+    raise UsageError(f"no paper {name}: {hint} are {', '.join(PAPERS)}, or {ALL}")
 
 
 def home_of(paper: str, scale: str) -> Path:
@@ -156,8 +170,8 @@ def reproduce(
     jobs = (1 if torch.cuda.is_available() else cores()) if jobs is None else check_count("--jobs", jobs, 1)
     cells = chosen.cells(items, scale)
     home = home_of(chosen.name, scale) if out is None else Path(out)
-    _refuse(chosen, scale, home, force)
     where = None if data_dir is None else str(data_dir)
+    _refuse(chosen, scale, home, force)
     _need_data(chosen, [cell for cell in cells if not _is_done(cell, home)], where)
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
     try:
@@ -167,6 +181,26 @@ def reproduce(
         raise
     write_results(chosen, scale, home, command, outcomes, remarks)
     return Done(home, tuple(outcome for outcome in outcomes if outcome.status == "failed"))
+
+
+def refuse_all(homes: Mapping[str, Path], scale: str, data_dir: str | None, force: bool) -> None:
+    """Refuse what `reproduce` would refuse of any of these papers, before the first of them runs.
+
+    Args:
+        homes: paper -> its folder.
+        scale: of all of them.
+        data_dir: where image sets are.
+        force: run what wants a GPU without one.
+
+    Raises:
+        UsageError: a paper that has no such scale or wants a GPU; a folder that holds something else.
+        DataError: an image set is not there.
+    """
+    for name, home in homes.items():
+        paper = paper_of(name)
+        cells = paper.cells(paper.chosen((), scale), scale)
+        _refuse(paper, scale, home, force)
+        _need_data(paper, [cell for cell in cells if not _is_done(cell, home)], data_dir)
 
 
 def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:

@@ -64,6 +64,8 @@ def _points(one: dict[str, Any]) -> tuple[tuple[float, float, float | None], ...
 
 def chart(panel: dict[str, Any], name: str) -> Plot | None:
     """A panel as a figure with its table; None where it has no point."""
+    if panel.get("kind") == "heat":
+        return _heat(panel, name)
     found = curves(panel)
     if not found:
         return None
@@ -125,6 +127,45 @@ def _table(title: str, bottom: str, found: Sequence[Curve]) -> Table:
     cells = [{x: _with_error(y, e) for x, y, e in curve.points} for curve in found]
     rows = tuple((f"{x:g}", *(column.get(x, _words.MISSING) for column in cells)) for x in places)
     return Table(title, (bottom, *(curve.words for curve in found)), rows)
+
+
+def _heat(panel: dict[str, Any], name: str) -> Plot | None:
+    """A map of numbers, the darker the larger; the numbers are written into it."""
+    xs, ys, rows = (found if isinstance(found := panel.get(k), list) else [] for k in ("xs", "ys", "values"))
+    cells = [
+        (i, j, value)
+        for j, row in enumerate(rows[: len(ys)])
+        for i, one in enumerate((row if isinstance(row, list) else [])[: len(xs)])
+        if (value := number(one)) is not None
+    ]
+    if not cells:
+        return None
+    title, bottom, side, note = (str(panel.get(key) or "") for key in ("title", "x", "y", "note"))
+    columns, places = [cell(x) for x in xs], [cell(y) for y in ys]
+    low, high = min(v for *_, v in cells), max(v for *_, v in cells)
+
+    def paint(axes: Any) -> None:
+        for i, j, value in cells:
+            share = (value - low) / (high - low) if high > low else 0.5
+            shade = 0.08 + 0.62 * share
+            axes.bar(i, 0.94, 0.94, j - 0.47, color=COLOUR["run-0"], alpha=shade)
+            axes.text(i, j, _words.plain(value, ".3g"), ha="center", va="center", color=COLOUR["ink"])
+        axes.set_xticks(range(len(xs)), columns)
+        axes.set_yticks(range(len(ys)), places)
+        axes.set_xlim(-0.5, len(xs) - 0.5)
+        axes.set_ylim(-0.5, len(ys) - 0.5)
+        axes.grid(visible=False)
+        axes.set_title(side)
+        axes.set_xlabel(bottom)
+
+    label = f"{title}. The numbers are in the table beside."
+    drawing = _svg.draw(name, label, paint, height=70 + 34 * len(ys))
+    known = {(i, j): value for i, j, value in cells}
+    table = tuple(
+        (place, *(_words.plain(known.get((i, j)), ".4g") for i in range(len(xs))))
+        for j, place in enumerate(places)
+    )
+    return Plot(name, title, note, drawing, (), Table(title, (f"{side} by {bottom}", *columns), table))
 
 
 def _with_error(value: float, error: float | None) -> str:
