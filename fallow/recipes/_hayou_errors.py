@@ -11,14 +11,17 @@ from fallow.recipes._panels import (
     SHOWN,
     Found,
     compared,
+    data_words,
     gathered,
     grouped,
     is_shown,
     mean_and_error,
+    over_epochs,
     panel,
     pick,
     series,
     table,
+    tasks,
     values,
     verdict,
 )
@@ -27,11 +30,6 @@ Gathered = dict[str, list[Any]]
 
 # Where the Budget Hypothesis speaks, in words of ours: below the one SenseMode, from the other on Uniform.
 SMALL, LARGE = 0.5, 0.75
-
-
-def tasks(found: Found) -> list[str]:
-    """The tasks, in the order of the cells."""
-    return list(dict.fromkeys(cell.tags["task"] for cell, _ in found))
 
 
 # --- F4 ---------------------------------------------------------------------------------------------------
@@ -119,7 +117,7 @@ def errors(found: Found) -> Gathered:
             curves.append(series("Standard (every block, always)", ends, [level, level], style="dashed"))
         panels.append(panel(f"Error against budget, {task}", "budget r", unit(mine), curves))
         tables.append(_error_table(task, mine, by, budgets))
-        said += _data_words(task, mine)
+        said += data_words(mine)
     return gathered(panels, tables, said)
 
 
@@ -139,18 +137,6 @@ def _error_table(
     return table(f"{task}: {unit(mine)}", columns, rows, note)
 
 
-def _data_words(task: str, mine: Found) -> list[str]:
-    """What images an error was measured on."""
-    data = mine[0][1].get("data")
-    if not data:
-        return []
-    notes = "; ".join(str(note).rstrip(".") for note in data.get("notes", []))
-    return [
-        f"{task}: {data['train']} training images, error on {data['test']} test images."
-        + (f" {notes}." if notes else "")
-    ]
-
-
 def curves(found: Found) -> Gathered:
     """Validation error over epochs at the smallest and the largest budget."""
     panels = []
@@ -162,20 +148,12 @@ def curves(found: Found) -> Gathered:
             for rule in RULES:
                 group = pick(mine, rule=rule, budget=1.0 if rule == "standard" else budget)
                 if group:
-                    lines.append(_curve(NAMES[rule], group))
+                    records = [result["epochs"] for _, result in group]
+                    lines.append(over_epochs(NAMES[rule], records, "validation_error", 100))
             panels.append(
                 panel(f"{task}, budget {budget:g}", "epoch", "validation error in %, mean of seeds", lines)
             )
     return gathered(panels, [], [])
-
-
-def _curve(name: str, group: Found) -> dict[str, Any]:
-    epochs = [record["epoch"] for record in group[0][1]["epochs"]]
-    means = [
-        100 * mean_and_error([result["epochs"][i]["validation_error"] for _, result in group])[0]
-        for i in range(len(epochs))
-    ]
-    return series(name, epochs, means)
 
 
 # --- the Budget Hypothesis ----------------------------------------------------------------------------------

@@ -9,12 +9,15 @@ from typing import Any
 from fallow.recipes._panels import (
     Found,
     compared,
+    data_words,
     gathered,
     mean_and_error,
+    over_epochs,
     panel,
     pick,
     series,
     table,
+    tasks,
     verdict,
 )
 
@@ -38,11 +41,6 @@ MINUTES: Mapping[str, tuple[float, float]] = {
 }
 
 
-def tasks(found: Found) -> list[str]:
-    """The tasks, in the order of the cells."""
-    return list(dict.fromkeys(cell.tags["task"] for cell, _ in found if "task" in cell.tags))
-
-
 def pairs(found: Found) -> Found:
     """The cells that trained constant depth beside stochastic depth."""
     return [(cell, result) for cell, result in found if "twin_test_error" in result]
@@ -53,21 +51,6 @@ def both(found: Found) -> tuple[dict[int, float], dict[int, float]]:
     constant = {cell.tags["seed"]: 100 * result["twin_test_error"] for cell, result in found}
     stochastic = {cell.tags["seed"]: 100 * result["test_error"] for cell, result in found}
     return constant, stochastic
-
-
-def data_words(found: Found) -> list[str]:
-    """On what images each task was trained and tested, and at which learning rate."""
-    said = []
-    for task in tasks(found):
-        result = pick(found, task=task)[0][1]
-        data, config = result["data"], result["config"]
-        notes = "; ".join(str(note).rstrip(".") for note in data.get("notes", []))
-        said.append(
-            f"{task}: {data['train']} training images, {config['epochs']} epochs, batch "
-            f"{config['batch_size']}, learning rate {config['learning_rate']:g}, error on {data['test']} "
-            f"test images." + (f" {notes}." if notes else "")
-        )
-    return said
 
 
 # --- table 1 ----------------------------------------------------------------------------------------------
@@ -161,16 +144,7 @@ _ARMS = ((CONSTANT, "twin_epochs"), (STOCHASTIC, "epochs"))
 
 def _curves(found: Found, key: str, factor: float = 1.0) -> list[dict[str, Any]]:
     """Means over seeds by epoch, of both."""
-    made = []
-    for name, arm in _ARMS:
-        records = [result[arm] for _, result in found]
-        epochs = [record["epoch"] for record in records[0]]
-        points = [
-            mean_and_error([factor * of[i][key] for of in records if of[i][key] is not None])
-            for i in range(len(epochs))
-        ]
-        made.append(series(name, epochs, [m for m, _ in points], error=[e for _, e in points]))
-    return made
+    return [over_epochs(name, [result[arm] for _, result in found], key, factor) for name, arm in _ARMS]
 
 
 def curves(found: Found) -> Gathered:

@@ -10,15 +10,14 @@ from fallow.recipes._huang_results import (
     ERRORS,
     Gathered,
     both,
-    data_words,
     pairs,
-    tasks,
 )
 from fallow.recipes._huang_sizes import OWN, RULES, WAYS
 from fallow.recipes._huang_time import CONSTANT as DENSE
 from fallow.recipes._panels import (
     Found,
     compared,
+    data_words,
     gathered,
     heat,
     mean_and_error,
@@ -26,6 +25,7 @@ from fallow.recipes._panels import (
     pick,
     series,
     table,
+    tasks,
     values,
     verdict,
 )

@@ -78,6 +78,40 @@ def values(found: Found, tag: str) -> list[Any]:
     return sorted({cell.tags[tag] for cell, _ in found})
 
 
+def tasks(found: Found) -> list[str]:
+    """The different tasks, in the order of the cells."""
+    return list(dict.fromkeys(cell.tags["task"] for cell, _ in found if "task" in cell.tags))
+
+
+def data_words(found: Found) -> list[str]:
+    """Of training runs, a sentence a task: on which images, for how long, and what tested them."""
+    said = []
+    for task in tasks(found):
+        result = pick(found, task=task)[0][1]
+        if "data" not in result:
+            continue
+        data, config = result["data"], result["config"]
+        notes = "; ".join(str(note).rstrip(".") for note in data.get("notes", []))
+        said.append(
+            f"{task}: {data['train']} training images, {config['epochs']} epochs, batch "
+            f"{config['batch_size']}, learning rate {config['learning_rate']:g}, error on {data['test']} "
+            f"test images." + (f" {notes}." if notes else "")
+        )
+    return said
+
+
+def over_epochs(
+    name: str, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float = 1.0
+) -> dict[str, Any]:
+    """A number of the epochs' records, times `factor`: its mean over runs, with standard errors."""
+    points = [
+        mean_and_error([factor * record[key] for record in records if record[key] is not None])
+        for records in zip(*runs, strict=True)
+    ]
+    epochs = [record["epoch"] for record in runs[0]]
+    return series(name, epochs, [m for m, _ in points], error=[e for _, e in points])
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and its standard error; None for the error of a single value."""
     mean = statistics.fmean(values)
