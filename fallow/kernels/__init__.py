@@ -2,15 +2,26 @@
 
 from fallow.kernels._build import Availability, available, plain
 from fallow.kernels._dropblock import Geometry, drop_masked, drop_seeds
-from fallow.kernels._weights import logsum_adaprox_, logsum_total
+from fallow.kernels._learned import disturbed, disturbed_back, eta_trick, fitted
+from fallow.kernels._sums import gradients_of, readable, sum_of
+from fallow.kernels._weights import WORTH, logsum_adaprox_, logsum_total, takes
 
 __all__ = [
+    "WORTH",
     "Availability",
     "Geometry",
     "available",
+    "disturbed",
+    "disturbed_back",
     "drop_masked",
     "drop_seeds",
+    "eta_trick",
+    "fitted",
+    "gradients_of",
     "logsum_adaprox_",
     "logsum_total",
     "plain",
+    "readable",
+    "sum_of",
+    "takes",
 ]

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 
 _SOURCE = Path(__file__).with_name("dropblock.cpp")
-_INCLUDED = Path(__file__).with_name("weights.h")
+_INCLUDED = tuple(Path(__file__).with_name(name) for name in ("weights.h", "learned.h"))
 _COMMON = tuple("-O3 -std=c++17 -shared -fPIC -fno-exceptions -fno-math-errno -ffp-contract=off".split())
 # Tried in this order: what the compiler knows of the processor and of threads differs.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
@@ -159,6 +159,15 @@ def _load(path: Path) -> ctypes.CDLL:
     found.fallow_logsum.argtypes, found.fallow_logsum.restype = [pointer, pointer, number, size, size], size
     found.fallow_logsum_adaprox.argtypes = [pointer, pointer, number, size, size, size, size]
     found.fallow_logsum_adaprox.restype = None
+    flag = ctypes.c_int32
+    found.fallow_disturbed.argtypes = [*[pointer] * 4, number, flag, size]
+    found.fallow_disturbed_back.argtypes = [*[pointer] * 6, number, flag, size]
+    found.fallow_disturbed.restype = found.fallow_disturbed_back.restype = None
+    found.fallow_fitted.argtypes, found.fallow_fitted.restype = [*[pointer] * 4, number, flag, size], size
+    found.fallow_eta_trick.argtypes, found.fallow_eta_trick.restype = (
+        [*[pointer] * 4, number, size, size],
+        size,
+    )
     return found
 
 
@@ -187,7 +196,7 @@ def _key(compiler: list[str]) -> str:
     program = os.stat(os.path.realpath(compiler[0]))  # its version, without the time to ask for it
     parts = (
         _SOURCE.read_bytes(),
-        _INCLUDED.read_bytes(),
+        *(path.read_bytes() for path in _INCLUDED),
         *map(str, (compiler, program.st_size, program.st_mtime_ns, _COMMON, _FLAGS, sys.platform)),
         *(platform.machine(), *platform.libc_ver(), _processor()),
     )

@@ -11,7 +11,7 @@ from fallow.kernels._build import State, library
 
 _transforms = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
-_WORTH = 1 << 14  # the first call on so many weights builds the library
+WORTH = 1 << 14  # the first call on so many weights builds the library
 
 
 def logsum_total(w: Tensor, eps: float, factor: float) -> tuple[float, Tensor] | None:
@@ -20,7 +20,7 @@ def logsum_total(w: Tensor, eps: float, factor: float) -> tuple[float, Tensor] |
     Estimator:
         As `fallow.sparsity.totals.logsum_and_gradient`; to rounding the same.
     """
-    if not _takes(w):
+    if not takes(w):
         return None
     gradient = torch.empty_like(w)
     total = State.library.fallow_logsum(w.data_ptr(), gradient.data_ptr(), w.numel(), eps, factor)  # pyright: ignore[reportOptionalMemberAccess]
@@ -40,7 +40,7 @@ def logsum_adaprox_(
         correction: of the second moment's root.
         offset: added to it.
     """
-    if not _takes(w) or (second is not None and not (_takes(second) and second.shape == w.shape)):
+    if not takes(w) or (second is not None and not (takes(second) and second.shape == w.shape)):
         return False
     if math.isnan(float(w.sum())):
         return False  # to be refused, or two infinities
@@ -50,14 +50,19 @@ def logsum_adaprox_(
     return True
 
 
-def _takes(w: Tensor) -> bool:
-    """Whether memory is what the kernel reads, and nothing but the result is looked at."""
+def takes(w: Tensor, *, worth: bool = False) -> bool:
+    """Whether memory is what the kernel reads, and nothing but the result is looked at.
+
+    Args:
+        w: what is read.
+        worth: build the library for it, however small it is.
+    """
     if type(w) not in (Tensor, nn.Parameter) or w.dtype != torch.float32 or w.device.type != "cpu":
         return False
     if w.layout != torch.strided or not w.is_contiguous() or torch.compiler.is_compiling():
         return False
     if _transforms() or _modes() or State.paused or torch._C._get_tracing_state() is not None:
         return False
-    if not State.asked and w.numel() < _WORTH:
+    if not State.asked and not worth and w.numel() < WORTH:
         return False
     return library() is not None

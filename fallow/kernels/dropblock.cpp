@@ -577,3 +577,4 @@ int32_t fallow_dropblock(const int64_t* spec, const int64_t* table, double inten
 }
 
 #include "weights.h"
+#include "learned.h"

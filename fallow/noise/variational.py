@@ -9,38 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fallow import kernels
 from fallow.errors import UsageError, check_choice, check_number
 from fallow.noise._attached import Attached, placed
 from fallow.noise._handle import Handle, draw
+from fallow.noise._learned import SMALL, Learned, molchanov_kl
 from fallow.special import variational_kl
 
 FORMS = {"additive": ("_log_variance", -10.0), "multiplicative": ("_log_alpha", -5.0)}
 SAMPLES = ("activations", "weights")
-# Molchanov's k1, k2, k3.
-_FIT = (0.63576, 1.87320, 1.48695)
-# Beside w^2 where it is divided by, and beside the variance of an activation under its root.
-_SMALL = 1e-8
 _LOCAL = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-
-def molchanov_kl(log_alpha: Tensor) -> Tensor:
-    """The published fit of the divergence of variational dropout, elementwise; 0 for infinite alpha.
-
-    Formula: ``k1 sigmoid(-k2 - k3 log alpha) + log(1 + 1 / alpha) / 2``, k = (0.63576, 1.87320, 1.48695).
-
-    Estimator:
-        Biased: off by at most 0.0094 from `fallow.special.variational_kl`, which is exact.
-
-    References:
-        Molchanov, Ashukha, Vetrov: Variational dropout sparsifies deep neural networks (2017), equation (14),
-        with the other sign and the constant that makes it 0 at infinity.
-
-    Examples:
-        >>> molchanov_kl(-torch.tensor([0.01, 1.0, 300.0], dtype=torch.float64).log())
-        tensor([0.0051, 0.4312, 3.4885], dtype=torch.float64)
-    """
-    k1, k2, k3 = _FIT
-    return k1 * torch.sigmoid(-k2 - k3 * log_alpha) + nn.functional.softplus(-log_alpha) / 2
 
 
 class _Learned(Attached):
@@ -50,16 +28,15 @@ class _Learned(Attached):
         self,
         module: nn.Module,
         names: tuple[str, ...],
-        form: str,
+        law: Learned,
         sample: str,
         first: float,
-        clip: float,
         cut: float,
         generator: torch.Generator | None,
     ) -> None:
         super().__init__(module, names, generator)
-        self.form, self.sample, self.first, self.clip, self.cut = form, sample, first, clip, cut
-        self.extra = FORMS[form][0]
+        self.law, self.sample, self.first, self.cut = law, sample, first, cut
+        self.extra = FORMS["additive" if law.additive else "multiplicative"][0]
         self.put()
         if sample == "activations":
             self._hooks.append(module.register_forward_hook(self._disturb, with_kwargs=True))
@@ -68,15 +45,7 @@ class _Learned(Attached):
         return torch.full_like(weight, self.first)
 
     def log_alpha(self, name: str, weight: Tensor) -> Tensor:
-        found = self.learned(name)
-        if self.form == "additive":
-            found = found - (weight.square() + _SMALL).log()
-        return found.clamp(-self.clip, self.clip)
-
-    def variance(self, name: str, weight: Tensor) -> Tensor:
-        square = weight.square()
-        # of the clipped alpha in both forms, so that it is one distribution in the loss and in the divergence
-        return self.log_alpha(name, weight).exp() * (square + _SMALL if self.form == "additive" else square)
+        return self.law.log_alpha(self.learned(name), weight)
 
     def keeps(self, name: str, weight: Tensor) -> Tensor:
         return torch.sigmoid(-self.log_alpha(name, weight)) >= self.cut
@@ -86,9 +55,8 @@ class _Learned(Attached):
             return weight.masked_fill(~self.keeps(name, weight), 0)
         if self.sample == "activations":
             return weight
-        half = (self.log_alpha(name, weight) / 2).exp()
-        size = (weight.square() + _SMALL).sqrt() if self.form == "additive" else weight
-        return weight + half * size * draw(torch.randn, weight.shape, weight, self.generator)
+        normal = draw(torch.randn, weight.shape, weight, self.generator)
+        return self.law.draw(self.learned(name), weight, normal)
 
     def rates(self, name: str) -> Tensor:
         with torch.no_grad():
@@ -99,12 +67,12 @@ class _Learned(Attached):
         if not module.training:
             return output
         square = (args[0] if args else kwargs["input"]).square()
-        variance = self.variance("weight", self.weight("weight"))
+        variance = self.law.variance(self.learned("weight"), self.weight("weight"))
         if isinstance(module, nn.Linear):
             spread = linear(square, variance)
         else:
             spread = module._conv_forward(square, variance, None)
-        return output + (spread + _SMALL).sqrt() * draw(torch.randn, output.shape, output, self.generator)
+        return output + (spread + SMALL).sqrt() * draw(torch.randn, output.shape, output, self.generator)
 
 
 class VariationalNoise(Handle):
@@ -137,6 +105,8 @@ class VariationalNoise(Handle):
         """
         if not callable(divergence):
             check_choice("divergence", divergence, ("exact", "fit"))
+        if divergence == "fit" and (short := self._fit()) is not None:
+            return short
         total = torch.zeros(())
         for i, found in enumerate(self._log_alphas().values()):
             if divergence == "fit":
@@ -154,6 +124,12 @@ class VariationalNoise(Handle):
         """True = kept at evaluation, by name."""
         with torch.no_grad():
             return {name: noise.keeps(own, noise.weight(own)) for name, (noise, own) in self._found.items()}
+
+    def _fit(self) -> Tensor | None:
+        """The divergence of the fit in one pass, where there is one law for all."""
+        laws = {noise.law for noise in self._layers()}
+        pairs = [(noise.learned(own), noise.weight(own)) for noise, own in self._found.values()]
+        return laws.pop().fit(pairs) if len(laws) == 1 else None
 
     def _log_alphas(self) -> dict[str, Tensor]:
         return {name: noise.log_alpha(own, noise.weight(own)) for name, (noise, own) in self._found.items()}
@@ -232,6 +208,8 @@ def variational_(
                     'sample="activations" is for the weight of linear layers and convolutions, got '
                     f'{", ".join(own)} of {type(site).__name__}; use sample="weights"'
                 )
+    count = sum(site.get_parameter(name).numel() for site, own in sites for name in own)
+    law = Learned(form == "additive", bound, count >= kernels.WORTH)
     return VariationalNoise.holding(
-        module, [_Learned(site, own, form, sample, first, bound, limit, generator) for site, own in sites]
+        module, [_Learned(site, own, law, sample, first, limit, generator) for site, own in sites]
     )

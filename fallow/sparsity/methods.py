@@ -31,7 +31,7 @@ from fallow.penalties import LogSum
 from fallow.sparsity.base import Method
 from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.noisy import NOISY
-from fallow.sparsity.totals import total_of
+from fallow.sparsity.totals import eta_total_of, total_of
 from fallow.sparsity.weights import Weight
 
 # Survival rates below this are not divided by: lam / eta stays below a thousand.
@@ -154,6 +154,11 @@ class Eta(Method):
 
     def penalty(self, strength: float) -> Tensor | float:
         """``strength / 2 sum_g m (n^2 / eta + f(eta))``."""
+        if all(weight.axis is None for weight in self.weights):
+            found = zip(self.weights, self.logits, strict=True)
+            pairs = [(weight.parameter, logit) for weight, logit in found]
+            if (short := eta_total_of(self.strategy, strength, pairs)) is not None:
+                return short
         total: Tensor | float = 0.0
         for weight, logit in zip(self.weights, self.logits, strict=True):
             eta = strength * logit.exp()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fallow.kernels import logsum_total
+from fallow.kernels import WORTH, eta_trick, logsum_total, sum_of, takes
 from fallow.penalties import LogSum
 
 _CHUNK, _FACTORS = 2**16, 8
@@ -96,6 +96,43 @@ def total_of(strategy: object, factor: float, weights: Sequence[Tensor]) -> Tens
     if not known or any(not _plain(w) for w in weights) or len({w.dtype for w in weights}) > 1:
         return None
     return _Total.apply(strategy, factor, *weights)  # pyright: ignore[reportReturnType]
+
+
+def eta_total_of(strategy: object, strength: float, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """``strength / 2 sum (w^2 / eta + f(eta))`` over pairs of weights and logits, ``eta = strength e^logit``.
+
+    Differentiable; None where there is no short way.
+    """
+    # of all together, and not of what was built before: the first step is done as any other
+    if type(strategy) is not LogSum or sum(w.numel() for w, _ in pairs) < WORTH:
+        return None
+    if not all(t.requires_grad and takes(t, worth=True) for pair in pairs for t in pair):
+        return None
+    return eta_total(strategy, strength, pairs)
+
+
+def eta_total(strategy: LogSum, strength: float, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The same for tensors that the kernels take."""
+
+    def fused(*tensors: Tensor) -> tuple[float, list[Tensor]]:
+        found = [eta_trick(*pair, strategy.eps, strength) for pair in _pairs(tensors)]
+        return sum(total for total, _ in found), [g for _, gradients in found for g in gradients]
+
+    def plain(*tensors: Tensor) -> Tensor:
+        parts = [eta_sum(strategy, strength, *pair) for pair in _pairs(tensors)]
+        return torch.stack(parts).sum() * (0.5 * strength)
+
+    return sum_of(fused, plain, [tensor for pair in pairs for tensor in pair])
+
+
+def _pairs(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(tensors[::2], tensors[1::2], strict=True)
+
+
+def eta_sum(strategy: Any, strength: float, w: Tensor, logit: Tensor) -> Tensor:
+    """``sum (w^2 / eta + f(eta))`` of single weights, from torch's operations."""
+    eta = strength * logit.exp()
+    return (w.square() / eta).sum() + strategy.dual(eta).sum()
 
 
 def _plain(w: Tensor) -> bool:
