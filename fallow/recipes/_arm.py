@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fallow.data import Dataset
-from fallow.errors import RunError
 from fallow.integrations.loading import load_model
 from fallow.planning import RunningSensitivities
 from fallow.recipes._batches import Batches, error_of, seed_of
 from fallow.recipes._config import Config
+from fallow.recipes._ending import NotFinite
 from fallow.recipes._measure import Stopwatch, mean, median, peak_memory, ratio
 from fallow.recipes._optimise import optimiser
 from fallow.surgery import Handle, handle_of
@@ -25,18 +25,6 @@ from fallow.surgery import Handle, handle_of
 # A rate in (0, 1] at which no branch is ever kept: the chance that one of a thousand is, is one in 10^9.
 _NEVER = 1e-12
 _PAIRS = 5
-
-
-class NotFinite(RunError):
-    """A loss or a weight that is not a finite number.
-
-    Attributes:
-        record: where it happened and what rested, for the results.
-    """
-
-    def __init__(self, message: str, record: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.record = record
 
 
 def build(config: Config, dataset: Dataset) -> nn.Module:

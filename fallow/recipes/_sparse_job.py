@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from fallow import data
-from fallow.errors import DataError, RunError, UsageError
+from fallow.errors import DataError, UsageError
 from fallow.integrations.loading import channels_taken, load_model, run_config
 from fallow.recipes import _results, _sparse_results
 from fallow.recipes._batches import Batches, seed_of
+from fallow.recipes._ending import NotFinite
 from fallow.recipes._run import CONFIG, RESULTS, WEIGHTS, RunFolder
 from fallow.recipes._sparse_config import SparseConfig
 from fallow.sparsity import Sparsifier
@@ -22,10 +23,6 @@ from fallow.sparsity import sparsify as start
 from fallow.sparsity.weights import weights_of
 
 KIND = "sparsify"
-
-
-class NotFinite(RunError):
-    """A loss or a weight that is not a finite number."""
 
 
 @dataclass

@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fallow.errors import FallowError, RunError, UsageError
+from fallow.errors import FallowError, UsageError
 from fallow.recipes import _sparse_results
 from fallow.recipes._batches import error_of, seed_of
+from fallow.recipes._ending import NotFinite, noted, stop_if_asked
 from fallow.recipes._job import surroundings
 from fallow.recipes._run import WEIGHTS, RunFolder, first_free
 from fallow.recipes._sparse_config import SparseConfig
 from fallow.recipes._sparse_job import (
     KIND,
     Job,
-    NotFinite,
     checkpoint,
     prepare,
     refuse_not_finite,
@@ -119,33 +119,17 @@ def _run(job: Job, folder: RunFolder, show: Show) -> None:
     """The loop, and the note of how it ended; every way out leaves whole files."""
     write(job, folder, "running")
     show.begin(job.step, job.total)
+
+    def note(status: str, **more: Any) -> None:
+        write(job, folder, status, **more)
+
     try:
-        _loop(job, folder, show)
-        found = _finish(job, folder)
-        write(job, folder, "done", **found)
-    except Interrupted as stop:
-        _note(job, folder, "interrupted", str(stop))
-        raise
-    except (FallowError, torch.OutOfMemoryError, MemoryError) as error:
-        failure = _failure(error, job, folder)
-        _note(job, folder, "failed", str(failure))
-        raise failure from error
+        with noted(folder, note, lambda: job.step, less="a smaller --batch-size"):
+            _loop(job, folder, show)
+            found = _finish(job, folder)
+            write(job, folder, "done", **found)
     finally:
         show.end()
-
-
-def _failure(error: BaseException, job: Job, folder: RunFolder) -> RunError:
-    """The error in words that say what is left and what to do."""
-    kept = "the last good checkpoint is kept" if folder.has_state() else "there is no checkpoint yet"
-    if isinstance(error, NotFinite):
-        return RunError(f"{error}: {kept} in {folder.path}. Start anew with a lower --learning-rate")
-    if isinstance(error, RunError):
-        return error
-    if isinstance(error, FallowError):
-        return RunError(f"{error}: {kept} in {folder.path}")
-    return RunError(
-        f"not enough memory at step {job.step}: {kept} in {folder.path}. Take a smaller --batch-size"
-    )
 
 
 def _loop(job: Job, folder: RunFolder, show: Show) -> None:
@@ -161,12 +145,7 @@ def _loop(job: Job, folder: RunFolder, show: Show) -> None:
                 show.epoch(_close_epoch(job, rate))
             if asked or job.step % every == 0 or job.step == job.total:
                 checkpoint(job, folder)
-            if asked and job.step < job.total:
-                raise Interrupted(
-                    f"interrupted after step {job.step} of {job.total}; a checkpoint is written. "
-                    f"Continue with {folder.again}",
-                    asked[0],
-                )
+            stop_if_asked(asked, job.step, job.total, folder)
 
 
 def _step(job: Job, rate: float) -> float:
@@ -244,9 +223,3 @@ def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
     test = {"test_error": error_of(model, job.batches, "test"), "test_images": job.batches.sizes["test"]}
     small = _sparse_results.shrunk(job, folder)
     return {"test": test, "small": small}
-
-
-def _note(job: Job, folder: RunFolder, status: str, message: str) -> None:
-    """Note in the results how a run ended; a full disk must not hide why."""
-    with contextlib.suppress(FallowError):
-        write(job, folder, status, message=message)

@@ -7,18 +7,16 @@ any moment continues from its last checkpoint and ends with bit-identical weight
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fallow.errors import DataError, FallowError, RunError, UsageError
-from fallow.recipes._arm import NotFinite, build
+from fallow.errors import DataError, UsageError
+from fallow.recipes._arm import build
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config
+from fallow.recipes._ending import noted, stop_if_asked
 from fallow.recipes._job import (
     Job,
     checkpoint,
@@ -115,19 +113,17 @@ def _run(job: Job, folder: RunFolder, show: Show) -> None:
     """The loop, and the note of how it ended; every way out leaves whole files."""
     write_results(job, folder, "running")
     show.begin(job.step, job.total)
+
+    def note(status: str, **more: Any) -> None:
+        write_results(job, folder, status, ended=True, **more)
+
+    less = "a smaller --batch-size, or --accumulate to take each batch in pieces"
     try:
-        _loop(job, folder, show)
-        _finish(job, folder)
+        with noted(folder, note, lambda: job.step, less=less):
+            _loop(job, folder, show)
+            _finish(job, folder)
         if job.config.rates == "sensemode" and not job.results["plans"]:
             show.say("the rates stayed uniform: the run was too short to see every site")
-    except Interrupted as stop:
-        _note(job, folder, "interrupted", message=str(stop))
-        raise
-    except (RunError, torch.OutOfMemoryError, MemoryError) as error:
-        failure = _failure(error, job, folder)
-        record = {"failure": error.record} if isinstance(error, NotFinite) else {}
-        _note(job, folder, "failed", message=str(failure), **record)
-        raise failure from error
     finally:
         show.end()
 
@@ -159,12 +155,7 @@ def _loop(job: Job, folder: RunFolder, show: Show) -> None:
                 replan(job, epoch)
             if asked or job.step % every == 0 or job.step == job.total:
                 checkpoint(job, folder)
-            if asked and job.step < job.total:
-                raise Interrupted(
-                    f"interrupted after step {job.step} of {job.total}; a checkpoint is written. "
-                    f"Continue with fallow train --resume {folder.path}",
-                    asked[0],
-                )
+            stop_if_asked(asked, job.step, job.total, folder)
 
 
 def _finish(job: Job, folder: RunFolder) -> None:
@@ -174,25 +165,6 @@ def _finish(job: Job, folder: RunFolder) -> None:
         job.tests[arm.name] = {"test_error": arm.error(job.batches, "test"), "test_images": images}
         folder.write_weights(name, arm.model.state_dict())
     write_results(job, folder, "done", ended=True)
-
-
-def _note(job: Job, folder: RunFolder, status: str, **more: Any) -> None:
-    """Note in the results how a run ended; a full disk must not hide why."""
-    with contextlib.suppress(FallowError):
-        write_results(job, folder, status, ended=True, **more)
-
-
-def _failure(error: BaseException, job: Job, folder: RunFolder) -> RunError:
-    """The error in words that say what is left and what to do."""
-    kept = "the last good checkpoint is kept" if folder.has_state() else "there is no checkpoint yet"
-    if isinstance(error, NotFinite):
-        return RunError(f"{error}: {kept} in {folder.path}. Start anew with a lower --learning-rate")
-    if isinstance(error, RunError):
-        return error
-    return RunError(
-        f"not enough memory at step {job.step}: {kept} in {folder.path}. Take a smaller --batch-size, "
-        "or --accumulate to take each batch in pieces"
-    )
 
 
 # --- what a run leaves, and what it would train ------------------------------------------------------------
