@@ -133,7 +133,7 @@ def _time_words(task: str, ratio: float, ideals: Sequence[float]) -> str:
     if math.isnan(ideals[1]):
         return f"{words}, the ideal by FLOPs is {ideals[0]:.3f}."
     over = ratio - ideals[1]
-    near = "within" if over <= NEAR else "not within"
+    near = "within" if abs(over) <= NEAR else "not within"
     return f"{words}, {over:+.3f} of the ideal by time ({ideals[1]:.3f}): {near} {NEAR:g} of it."
 
 
@@ -154,7 +154,7 @@ def curves(found: Found) -> Gathered:
         mine = pick(found, task=task)
         lines = _curves(mine, "validation_error", 100)
         epochs, tags = lines[0]["x"], mine[0][0].tags
-        for name, level in zip((CONSTANT, STOCHASTIC), _levels(tags), strict=False):
+        for name, level in zip((CONSTANT, STOCHASTIC), _levels(tags) if epochs else (), strict=False):
             ends = [epochs[0], epochs[-1]]
             lines.append(series(f"test error, {name}", ends, [level] * 2, style="dashed", label="paper"))
         panels.append(panel(f"Error, {task}", "epoch", "validation error in %", lines))
@@ -183,9 +183,13 @@ def gradients(found: Found) -> Gathered:
         logs, larger, count = [], 0, 0
         for _, result in mine:
             sides = zip(result["epochs"], result["twin_epochs"], strict=True)
-            ratios = [ours[GRADIENT] / theirs[GRADIENT] for ours, theirs in sides if theirs[GRADIENT]]
+            of = [(ours[GRADIENT], theirs[GRADIENT]) for ours, theirs in sides]
+            ratios = [ours / theirs for ours, theirs in of if ours and theirs]
             larger, count = larger + sum(ratio > 1 for ratio in ratios), count + len(ratios)
-            logs.append(sum(map(math.log, ratios)) / max(len(ratios), 1))
+            if ratios:
+                logs.append(sum(map(math.log, ratios)) / len(ratios))
+        if not logs:
+            continue
         mean, error = mean_and_error(logs)
         rows.append(
             [task, math.exp(mean), math.exp(mean) * error if error else None, larger, count, len(logs)]

@@ -103,13 +103,16 @@ def data_words(found: Found) -> list[str]:
 def over_epochs(
     name: str, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float = 1.0
 ) -> dict[str, Any]:
-    """A number of the epochs' records, times `factor`: its mean over runs, with standard errors."""
+    """A number of the epochs' records, times `factor`: its mean over runs, with standard errors.
+
+    An epoch in which no run has a number is left out.
+    """
     points = [
-        mean_and_error([factor * record[key] for record in records if record[key] is not None])
+        (records[0]["epoch"], *mean_and_error(known))
         for records in zip(*runs, strict=True)
+        if (known := [factor * record[key] for record in records if record[key] is not None])
     ]
-    epochs = [record["epoch"] for record in runs[0]]
-    return series(name, epochs, [m for m, _ in points], error=[e for _, e in points])
+    return series(name, [x for x, *_ in points], [m for _, m, _ in points], error=[e for *_, e in points])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

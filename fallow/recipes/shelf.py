@@ -193,13 +193,16 @@ def refuse_all(homes: Mapping[str, Path], scale: str, data_dir: str | None, forc
         force: run what wants a GPU without one.
 
     Raises:
-        UsageError: a paper that has no such scale or wants a GPU; a folder that holds something else.
+        UsageError: a paper that has no such scale or wants a GPU; a folder that holds something else, or a
+            cell with other options.
         DataError: an image set is not there.
     """
     for name, home in homes.items():
         paper = paper_of(name)
         cells = paper.cells(paper.chosen((), scale), scale)
         _refuse(paper, scale, home, force)
+        for cell in cells:
+            _cells.refuse_other(cell, folder_of(cell, home))
         _need_data(paper, [cell for cell in cells if not _is_done(cell, home)], data_dir)
 
 
