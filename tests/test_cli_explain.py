@@ -193,7 +193,7 @@ def test_the_same_call_gives_the_same_explanation(call: Call):
     ("arguments", "words"),
     [
         ([], "MODEL"),
-        (["resnet8"], "is no run, so the rates must be said: pass --rates plan.json"),
+        (["resnet8"], "is no run of fallow train, so the rates must be said: pass --rates plan.json"),
         (["nowhere"], "is no run"),
         (["nowhere", "--budget", "0.7"], "the folder of a run"),
         (["resnet8", "--budget", "2"], "--budget must be in (0, 1]"),

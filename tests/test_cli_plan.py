@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_calls import Call, caller, refused
+from safetensors.torch import load_file
 
 import fallow
 from fallow.errors import FallowError
@@ -283,3 +284,20 @@ def test_weights_that_are_not_finite_are_a_failed_run(call: Call):
 def test_in_python_the_same_is_refused(call: Call):
     with pytest.raises(FallowError, match="--budget must be"):
         plan_of("resnet8", Source(), budget=0)
+
+
+def test_a_run_of_sparsify_is_planned_and_explained_on_its_own_weights(call: Call):
+    asked = ["--data", "digits", "--train-size", 200, "--model", "resnet20", "--target", 0.5, "--epochs", 1]
+    assert call("sparsify", *asked, "--out", "sparse")[0] == 0
+    found = probe("sparse", Source(batches=1, batch_size=4))
+    weights = load_file("sparse/model.safetensors")
+    assert all(torch.equal(p, weights[name]) for name, p in found.model.named_parameters())
+    assert sum(int((w == 0).sum()) for w in weights.values()) > 100_000
+    code, out, err = call("plan", "sparse", "--budget", 0.8, "--method", "linear", "--batches", 1)
+    assert (code, err) == (0, "") and "group1.0" in out
+    words = "sparse is no run of fallow train, so the rates must be said"
+    assert words in refused(call, "explain", "sparse")
+    other = ["plan", "sparse", "--budget", 0.8, "--data", "mnist"]
+    assert "has its own data set, digits" in refused(call, *other)
+    Path("sparse/model.safetensors").unlink()
+    assert "fallow sparsify --resume" in call("plan", "sparse", "--budget", 0.8)[2]

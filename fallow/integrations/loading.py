@@ -1,4 +1,4 @@
-"""From a name to a model: ours, timm's, torchvision's, transformers', or one that `fallow train` has trained.
+"""From a name to a model: ours, timm's, torchvision's, transformers', or one of a run of fallow.
 
 Nothing is downloaded: weights are random, or come from a local file.
 """
@@ -20,10 +20,11 @@ from fallow.integrations import _hugging_face
 from fallow.integrations._weights import put_weights, read_weights
 from fallow.integrations.torchvision import mend_torchvision, need_timm
 
-__all__ = ["channels_taken", "inputs_taken", "load_model", "run_config", "side_taken"]
+__all__ = ["SPARSIFY", "channels_taken", "inputs_taken", "load_model", "run_config", "side_taken"]
 
 SOURCES = ("timm:", "torchvision:", "hf:")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+SPARSIFY = "sparsify"  # the recipe of a run that has no survival rates
 _COLOUR = 3
 # These would return a tuple while training.
 _PLAIN = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
@@ -66,10 +67,11 @@ def load_model(
     run = run_config(name)
     if run is not None:
         weights = Path(name) / _WEIGHTS if weights is None else weights
-        name = str(run.get("model"))
+        name = str(run["model"])
         if not Path(weights).expanduser().is_file():
             raise DataError(
-                f"the run has no weights {weights} yet: bring it to its end with fallow train --resume"
+                f"the run has no weights {weights} yet: bring it to its end with fallow "
+                f"{run.get('recipe', 'train')} --resume"
             )
     with _drawn_from(seed):
         model = _make(name, classes, channels, image)
@@ -176,6 +178,8 @@ def side_taken(model: nn.Module) -> int | None:
 def run_config(folder: str | Path) -> dict[str, Any] | None:
     """The configuration of a run's folder; None for what is no such folder, or the name of a model.
 
+    One of `fallow sparsify` has its "recipe", and as "model" the network's own name whatever it began with.
+
     Raises:
         DataError: there is one that cannot be read.
     """
@@ -186,7 +190,11 @@ def run_config(folder: str | Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): restore it") from None
-    return found if isinstance(found, dict) and {"model", "data", "rates"} <= found.keys() else None
+    if not isinstance(found, dict) or not {"model", "data"} <= found.keys():
+        return None
+    if "network" in found:
+        return {**found, "model": found["network"]} if found.get("recipe") == SPARSIFY else None
+    return found if "rates" in found else None
 
 
 @contextlib.contextmanager

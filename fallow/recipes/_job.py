@@ -20,6 +20,7 @@ from fallow.recipes._arm import Arm, build, droppable_time
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config, Surroundings
 from fallow.recipes._run import RESULTS, RunFolder
+from fallow.recipes._sparse_config import SparseConfig
 from fallow.surgery import Handle, apply
 
 
@@ -83,7 +84,7 @@ def prepare(config: Config, command: str) -> Job:
     return Job(config, batches, handle, arms, 0, total, results, {})
 
 
-def images(config: Config) -> data.Dataset:
+def images(config: Config | SparseConfig) -> data.Dataset:
     """The data set of a run, with as many channels as its model takes."""
     dataset = data.load(
         config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size

@@ -15,10 +15,18 @@ from fallow import data as sets
 from fallow.data import Dataset, augment
 from fallow.errors import FallowError, RunError, UsageError, check_count
 from fallow.feed import call_model
-from fallow.integrations.loading import channels_taken, inputs_taken, load_model, run_config, side_taken
+from fallow.integrations.loading import (
+    SPARSIFY,
+    channels_taken,
+    inputs_taken,
+    load_model,
+    run_config,
+    side_taken,
+)
 from fallow.recipes._batches import generator, seed_of
 from fallow.recipes._config import Config, device_of
 from fallow.recipes._job import images
+from fallow.recipes._sparse_config import SparseConfig
 
 TOKENS = "tokens"
 _LENGTH = 32  # tokens of a row
@@ -111,16 +119,22 @@ def probe(name: str, source: Source) -> Probe:
         notes.append(f"there are images for {len(found)} of the {source.batches} batches")
     model = model.to(device_of(source.device))
     _try(model, name, found[0][0])
-    return Probe(model, _of_classes, found, tuple(notes), chosen.name, config)
+    trained = config if isinstance(config, Config) else None
+    return Probe(model, _of_classes, found, tuple(notes), chosen.name, trained)
 
 
 # --- images ------------------------------------------------------------------------------------------------
 
 
-def _of_run(name: str, run: dict[str, Any], source: Source) -> Config:
+def _of_run(name: str, run: dict[str, Any], source: Source) -> Config | SparseConfig:
     if source.data is not None:
         raise UsageError(f"the run {name} has its own data set, {run['data']}: leave out --data")
-    config = Config.of(run)
+    config: Any
+    if run.get("recipe") == SPARSIFY:
+        asked = {key: value for key, value in run.items() if key not in ("recipe", "network")}
+        config = SparseConfig.of({**asked, "weights": None})
+    else:
+        config = Config.of(run)
     return replace(config, data_dir=source.data_dir or config.data_dir, device="cpu").settled()
 
 
@@ -131,7 +145,7 @@ def _dataset(source: Source, name: str) -> Dataset:
     return found.with_channels(channels_taken(name, found.channels, source.weights))
 
 
-def _places(dataset: Dataset, config: Config | None, source: Source) -> Tensor:
+def _places(dataset: Dataset, config: Config | SparseConfig | None, source: Source) -> Tensor:
     """Which training images, in an order of the seed; of a run none that it validates on."""
     train = torch.arange(len(dataset.train_y))
     if config is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,18 @@ import torch
 from torch import nn
 
 from fallow import data
-from fallow.errors import DataError, UsageError
-from fallow.integrations.loading import channels_taken, load_model, run_config
+from fallow.errors import UsageError
+from fallow.integrations.loading import SPARSIFY, channels_taken, load_model, run_config
 from fallow.recipes import _results, _sparse_results
 from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._ending import NotFinite
-from fallow.recipes._run import CONFIG, RESULTS, WEIGHTS, RunFolder
+from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder
 from fallow.recipes._sparse_config import SparseConfig
 from fallow.sparsity import Sparsifier
 from fallow.sparsity import sparsify as start
 from fallow.sparsity.weights import weights_of
 
-KIND = "sparsify"
+KIND = SPARSIFY
 
 
 @dataclass
@@ -75,27 +74,11 @@ def origin(config: SparseConfig) -> Origin:
         UsageError: a run that has no weights yet.
         DataError: a configuration that cannot be read.
     """
-    folder = Path(config.model).expanduser()
     before = run_config(config.model)
-    if before is not None:
-        return Origin(str(before["model"]), _weights_in(folder, "fallow train"))
-    found = sparse_run(folder)
-    if found is None:
+    if before is None:
         return Origin(config.model)
-    return Origin(str(found["network"]), _weights_in(folder, "fallow sparsify"))
-
-
-def sparse_run(folder: Path) -> dict[str, Any] | None:
-    """The configuration in the folder of a run of `fallow sparsify`; None for what is no such folder."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): restore it") from None
-    known = isinstance(found, dict) and found.get("recipe") == KIND and "network" in found
-    return found if known else None
+    command = f"fallow {before.get('recipe', 'train')}"
+    return Origin(str(before["model"]), _weights_in(Path(config.model).expanduser(), command))
 
 
 def _weights_in(folder: Path, command: str) -> Path:

@@ -170,12 +170,14 @@ def _squared(output: Any, target: Tensor) -> Tensor:
 def _rates(name: str, rates: str | None, budget: float | None, headed: bool) -> Any:
     """A rule of rates, or a mapping; None where the noise is in front of the head."""
     if rates is None and budget is None:
-        if run_config(name) is None:
+        run = run_config(name)
+        if run is None or "rates" not in run:
             if headed:
                 return None
             raise UsageError(
-                f"{name} is no run, so the rates must be said: pass --rates plan.json (of fallow plan), or "
-                "--budget for linear ones; for noise in front of the last linear layer, --noise blocks:8:0.9"
+                f"{name} is no run of fallow train, so the rates must be said: pass --rates plan.json (of "
+                "fallow plan), or --budget for linear ones; for noise in front of the last linear layer, "
+                "--noise blocks:8:0.9"
             )
         return rates_of(name)
     if rates == "sensemode":
