@@ -98,14 +98,15 @@ def times(found: Found) -> Gathered:
     for task in tasks(found):
         mine = pick(found, task=task)
         of = [result for _, result in mine]
-        ratios = [result["time_ratio"]["median"] for result in of if result["time_ratio"]]
+        timed = [_time(result) for result in of]
+        ratios = [found["median"] for found, *_ in timed if found]
         if not ratios:
             continue
         ratio, spread = mean_and_error(ratios)
         ideals = [_mean([result["ideal"][kind] for result in of]) for kind in ("flops", "time")]
         depth = _mean([result["realised_depth"] for result in of])
         expected, memory = of[0]["expected_depth"], _mean([result["memory_ratio"] for result in of])
-        seconds = [1000 * _mean([result[key] for result in of]) for key in _STEP]
+        seconds = [1000 * _mean(of_arm) for of_arm in list(zip(*timed, strict=True))[1:]]
         paper = MINUTES.get(mine[0][0].tags["data"])
         theirs = None if paper is None else paper[1] / paper[0]
         rows.append([task, *seconds, ratio, spread, *ideals, memory, depth, expected, len(of), theirs])
@@ -113,14 +114,20 @@ def times(found: Found) -> Gathered:
     columns = ["task", "constant, ms a step", "stochastic, ms", "ratio", "s.e.", "ideal by FLOPs"]
     columns += ["ideal by time", "memory ratio", "depth", "expected", "seeds", "paper: ratio"]
     note = (
-        "medians over the steps, processor time; steps of the two take turns in one process. Ideal: "
+        "medians over the steps, processor time (on a GPU wall clock); steps of the two take turns in one "
+        "process. Ideal: "
         "1 - f d with f the share of what can rest, by FLOPs or by measured time, and d the share of it that "
         "does. Memory: peaks of a step. The paper's ratio is of wall clock, data loading included"
     )
     return gathered([], [table("Time of a training step", columns, rows, note)], said)
 
 
-_STEP = ("twin_cpu_s_per_step", "cpu_s_per_step")
+def _time(result: Mapping[str, Any]) -> tuple[Mapping[str, float] | None, float | None, float | None]:
+    """The ratio of steps' times, and seconds of a step of constant and of stochastic depth."""
+    if result["config"]["device"].startswith("cuda"):  # processor time says little of what a GPU does
+        ours, theirs = result["wall_s_per_step"]
+        return result["wall_ratio"], theirs, ours
+    return result["time_ratio"], result["twin_cpu_s_per_step"], result["cpu_s_per_step"]
 
 
 def _mean(values: Sequence[float | None]) -> float:

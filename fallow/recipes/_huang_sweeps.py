@@ -134,7 +134,8 @@ def ablation(found: Found) -> Gathered:
     note = (
         f"the paper's way is {OWN}: independent draws, one for a batch, and an optimiser that also moves "
         "what rested; differences in pairs of a seed. Times: one step of each way and of constant depth in "
-        "turn, median of the paired ratios of processor time with a 95 % bootstrap interval"
+        "turn, median of the paired ratios of processor time (on a GPU wall clock) with a 95 % bootstrap "
+        "interval"
     )
     task = tasks(found)[0]
     return gathered([], [table(f"{task}: at the same rates", columns, rows, note)], data_words(trained))

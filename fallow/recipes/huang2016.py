@@ -89,7 +89,12 @@ PAPER = Paper(
                     0.5 * 55 / 108,
                 ),
             ),
-            differences={"": ("Processor time of interleaved steps, without data loading and evaluation.",)},
+            differences={
+                "": (
+                    "Processor time of interleaved steps (on a GPU wall clock), without data loading and "
+                    "evaluation.",
+                )
+            },
         ),
         Item(
             "curves",

@@ -180,7 +180,7 @@ def alone(error: float, **more: Any) -> dict[str, Any]:
         "cpu_s_per_step": 0.08,
         "epochs": epochs((2.0, 1.0), (0.5, 0.25), (0.4, 0.2)),
         "data": {"train": 90, "test": 50, "notes": ["Half of them."]},
-        "config": {"epochs": 2, "batch_size": 20, "learning_rate": 0.02},
+        "config": {"epochs": 2, "batch_size": 20, "learning_rate": 0.02, "device": "cpu"},
         **more,
     }
 
@@ -193,7 +193,8 @@ def beside(error: float, constant: float, **more: Any) -> dict[str, Any]:
         "twin_cpu_s_per_step": 0.1,
         "twin_epochs": epochs((1.5, 0.5), (0.4, 0.2), (0.2, 0.1)),
         "time_ratio": {"median": 0.8, "low": 0.7, "high": 0.9},
-        "wall_ratio": None,
+        "wall_ratio": {"median": 0.6, "low": 0.5, "high": 0.7},
+        "wall_s_per_step": [0.03, 0.05],
         "memory_ratio": 0.9,
         "memory_mb": [9.0, 10.0],
         "ideal": {"flops": 0.75, "time": 0.78},
@@ -262,6 +263,12 @@ def test_times_stand_beside_the_ideal(ideal: float | None, words: str):
     assert row[5] == 0.75 and (row[6] == pytest.approx(ideal) if ideal else math.isnan(row[6]))
     assert row[7:] == pytest.approx([0.9, 6.5, 6.6, 3, (15 * 60 + 7) / (20 * 60 + 42)])
     assert gathered["statements"][0].endswith(words) and "takes 0.820 of" in gathered["statements"][0]
+
+
+def test_on_a_gpu_the_wall_clock_counts():
+    config = {**alone(9)["config"], "device": "cuda:0"}
+    (row,) = _huang_results.times([tagged(beside(9, 10, config=config), 0)])["tables"][0]["rows"]
+    assert row[1:5] == pytest.approx([50, 30, 0.6, None])
 
 
 def test_gradients_are_compared_by_geometric_means():
