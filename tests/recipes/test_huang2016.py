@@ -18,9 +18,11 @@ from scipy import stats
 from fallow import models, rates
 from fallow.recipes import _cells, _huang_results, _huang_sizes, _huang_sweeps, shelf
 from fallow.recipes._cells import _config
+from fallow.recipes._config import Config
 from fallow.recipes._experiments import Cell, Paper
 from fallow.recipes._huang_sizes import OWN, WAYS, Images, Size, by_scale
 from fallow.recipes._huang_time import CONSTANT, timing_cell
+from fallow.recipes._job import prepared
 from fallow.recipes._optimise import learning_rate
 from fallow.report import _charts, write_report
 
@@ -445,6 +447,20 @@ def test_ways_take_turns_and_each_has_its_own_cost():
     assert costs["bernoulli, batch, zero"] == costs["bernoulli, batch, none"]  # the same draws
     assert len(set(costs.values())) > 1
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_way_rests_what_a_run_of_its_own_would(way: str):
+    options = {**_huang_sizes.PAPERS, **FEW}
+    found = timing_cell("digits", options, {way: WAYS[way]}, 4, plain)["ways"][way]["realised_cost"]
+    config = Config.of({**options, **WAYS[way], "twin": False, "threads": 1}).settled()
+    costs = []
+    with prepared(config, "test") as job, torch.no_grad():
+        for step in range(5):
+            job.handle.step(step)
+            job.arms[0].model(job.batches.at(step)[0])
+            costs.append(job.handle.last_cost)
+    assert found == pytest.approx(sum(costs[1:]) / 4)  # the first step of all is not timed
 
 
 # --- all of it, cut down -----------------------------------------------------------------------------------
