@@ -35,14 +35,22 @@ FLOORS = {
     "fallow.planning": 4,
     "fallow.explaining": 5,
     "fallow.recipes": 6,
+    "fallow.papers": 7,
     "fallow.report": 6,
-    "fallow.cli": 7,
-    "fallow.__main__": 8,
-    "fallow": 9,  # __init__ alone: it gathers, and nothing inside imports it
+    "fallow.cli": 8,
+    "fallow.__main__": 9,
+    "fallow": 10,  # __init__ alone: it gathers, and nothing inside imports it
 }
 
 # These may need an optional dependency as soon as they are imported; the rest needs torch alone.
-MAY_NEED_EXTRAS = ("fallow.recipes", "fallow.report", "fallow.cli", "fallow.data", "fallow.integrations")
+MAY_NEED_EXTRAS = (
+    "fallow.recipes",
+    "fallow.papers",
+    "fallow.report",
+    "fallow.cli",
+    "fallow.data",
+    "fallow.integrations",
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from fallow.errors import RunError, UsageError, need
-from fallow.recipes import _progress, shelf, show
-from fallow.recipes._experiments import SCALES
+from fallow.papers import _progress, shelf
+from fallow.papers._experiments import SCALES
+from fallow.recipes import show
 from fallow.report import write_report
 
 _SHOWN = 3  # failed cells that the closing error names

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from small_runs import SMALL
 
-from fallow import models
 from fallow.recipes.train import Config, train
 
 
 @pytest.fixture(autouse=True)
-def _resnet8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.MODELS, "resnet8", lambda **options: models.CifarResNet(8, **options))
+def _small(resnet8: None) -> None:
+    """Every test may name it."""
 
 
 @pytest.fixture

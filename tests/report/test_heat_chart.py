@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fallow.recipes._panels import heat
+from fallow.papers._panels import heat
 from fallow.report import _charts, _paper
 from fallow.report._shapes import Plot
 

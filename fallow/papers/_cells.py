@@ -1,0 +1,206 @@
+"""One cell in its folder: run or resumed, never twice; what it found is read from the folder alone.
+
+A cell that trains is an ordinary run folder. Any other leaves `cell.json`, and the parts of a long one stay
+in `pieces/` until it is done. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fallow._version import __version__
+from fallow.errors import DataError, RunError, UsageError
+from fallow.papers._experiments import Cell
+from fallow.recipes import train
+from fallow.recipes._batches import seed_of
+from fallow.recipes._config import Config
+from fallow.recipes._run import CONFIG, RunFolder, finite
+from fallow.recipes.show import Show
+
+CELL, PIECES = "cell.json", "pieces"
+SCHEMA = 1
+AGAIN = "the same fallow reproduce"
+# Options that say where and with what a run works, not what it computes.
+_ELSEWHERE = ("data_dir", "device")
+
+
+def is_done(cell: Cell, folder: Path) -> bool:
+    """Whether the cell has run to its end in this folder."""
+    if cell.work is None:
+        return RunFolder(folder).status() == "done"
+    return _read(folder / CELL).get("status") == "done"
+
+
+def run(cell: Cell, folder: Path, data_dir: str | None, command: str, show: Show | None = None) -> None:
+    """Run a cell, or what is left of it; one that is done is left alone.
+
+    Raises:
+        UsageError: the folder holds a cell of the same name with other options.
+        RunError: it had to stop.
+    """
+    refuse_other(cell, folder)
+    if is_done(cell, folder):
+        return
+    if cell.work is None:
+        if (folder / CONFIG).exists():
+            train.resume(folder, show=show)
+        else:
+            train.train(_config(cell, data_dir), folder, show=show, command=command)
+    else:
+        _compute(cell, folder, data_dir)
+
+
+def refuse_other(cell: Cell, folder: Path) -> None:
+    """Refuse a folder in which a cell of this name was run, or begun, with other options."""
+    if cell.work is None:
+        if not (folder / CONFIG).exists():
+            return
+        before, now = _read(folder / CONFIG), _config(cell, None).as_dict()
+        before = {**before, "device": now["device"]}
+        before = Config.of({k: v for k, v in before.items() if k in now}).settled().as_dict()
+        other = [key for key in now if key not in _ELSEWHERE and before.get(key) != now[key]]
+    else:
+        found = _read(folder / CELL)
+        if not found:
+            return
+        before, now = found.get("options", {}), _json(dict(cell.options))
+        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if other:
+        key = other[0]
+        raise UsageError(
+            f"{folder} was made with {key} {before.get(key)}, and this asks for {now.get(key)}: name another "
+            "folder with --out, or remove that one"
+        )
+
+
+def result(cell: Cell, folder: Path) -> dict[str, Any]:
+    """What a cell that is done found."""
+    if cell.work is not None:
+        return _read(folder / CELL)["result"]
+    found = train.read_results(folder)
+    arm, data = found["arms"]["model"], found["provenance"]["data"]
+    return {
+        **_beside(found),
+        "test_error": arm["summary"]["test_error"],
+        "test_images": arm["summary"]["test_images"],
+        "realised_cost": found["summary"]["realised_cost"],
+        "expected_cost": found["budget"]["expected_cost"],
+        "cpu_s_per_step": arm["summary"]["cpu_s_per_step"],
+        "epochs": arm["epochs"],
+        "sites": found["sites"],
+        "data": data,
+        "config": found["config"],
+    }
+
+
+def _beside(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training run found of its constant-depth twin; nothing where it had none."""
+    twin = found["arms"].get("twin")
+    if twin is None:
+        return {}
+    ours, theirs, budget = found["arms"]["model"]["summary"], twin["summary"], found["budget"]
+    return {
+        "twin_test_error": theirs["test_error"],
+        "twin_cpu_s_per_step": theirs["cpu_s_per_step"],
+        "twin_epochs": twin["epochs"],
+        "time_ratio": found["summary"]["time_ratio"],
+        "wall_ratio": found["summary"]["wall_ratio"],
+        "wall_s_per_step": [ours["wall_s_per_step"], theirs["wall_s_per_step"]],
+        "memory_ratio": found["summary"].get("memory_ratio"),
+        "memory_mb": [ours["peak_memory_mb"], theirs["peak_memory_mb"]],
+        "ideal": {"flops": budget["ideal_flops"], "time": budget["ideal_time"]},
+        "realised_depth": ours["realised_depth"],
+        "expected_depth": budget["expected_depth"],
+    }
+
+
+def seconds(cell: Cell, folder: Path) -> float | None:
+    """Processor seconds of a finished cell's steps or work."""
+    if cell.work is not None:
+        return _read(folder / CELL).get("seconds")
+    took = [
+        (arm["summary"]["cpu_s_per_step"], len(arm["depths"]))
+        for arm in train.read_results(folder)["arms"].values()
+    ]
+    return None if any(step is None for step, _ in took) else sum(step * steps for step, steps in took)
+
+
+class Pieces:
+    """Keeps the parts of a long cell, so that a kill loses at most one of them.
+
+    Before and after each part torch's generator is set to what its name says, so that a part that was kept
+    and one that is computed leave the same behind.
+    """
+
+    def __init__(self, cell: str, folder: Path) -> None:
+        self._cell, self._folder = cell, RunFolder(folder / PIECES, AGAIN)
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        self._folder.remove_temporaries()
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of a part, from its file where it is there."""
+        path = self._folder.path / f"{name}.json"
+        found = _read(path)
+        if not found:
+            torch.manual_seed(seed_of(0, f"{self._cell}/{name}"))
+            found = {"result": _json(compute())}
+            self._folder.write_json(path.name, found)
+        torch.manual_seed(seed_of(1, f"{self._cell}/{name}"))
+        return found["result"]
+
+
+def _compute(cell: Cell, folder: Path, data_dir: str | None) -> None:
+    assert cell.work is not None
+    home = RunFolder(folder, AGAIN)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the folder {folder} cannot be made ({error.strerror})") from None
+    home.remove_temporaries()
+    start = time.process_time()
+    where = {"data_dir": data_dir} if cell.data else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, cell.name))
+        found = cell.work(**cell.options, **where, pieces=Pieces(cell.name, folder))
+    record = {
+        "schema": SCHEMA,
+        "kind": "cell",
+        "status": "done",
+        "name": cell.name,
+        "work": f"{cell.work.__module__}.{cell.work.__qualname__}",
+        "options": dict(cell.options),
+        "result": found,
+        "seconds": time.process_time() - start,
+        "fallow": __version__,
+        "torch": str(torch.__version__),
+    }
+    home.write_json(CELL, record)
+    for path in (folder / PIECES).glob("*.json"):  # they are in the result now
+        path.unlink()
+
+
+def _config(cell: Cell, data_dir: str | None) -> Config:
+    here = {"data_dir": data_dir, "threads": 1, "twin": False}
+    return Config.of({**here, **cell.options}).settled()
+
+
+def _json(value: Any) -> Any:
+    """The value as it comes back from a file, so that a kept and a computed one are the same."""
+    return json.loads(json.dumps(finite(value)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): remove it, and its cell runs again") from None
+    return dict(found) if isinstance(found, Mapping) else {}

@@ -1,0 +1,192 @@
+"""Huang et al. (2016), "Deep Networks with Stochastic Depth": its tables and figures, as data."""
+
+from __future__ import annotations
+
+from fallow.papers._experiments import Item, Known, Paper, Scale
+from fallow.papers.huang2016 import results, sweeps
+from fallow.papers.huang2016.results import ERRORS, MINUTES
+from fallow.papers.huang2016.sizes import by_scale
+
+_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
+_SETUP = (
+    "As the authors' code has it: linear rates with p_L = 0.5, one draw a batch for each block, branches "
+    "times their survival rate at test time and unscaled in training, and zero gradients for what rested, so "
+    "that weight decay and momentum still move it (the prose says that such a block is not updated).",
+    "SGD with Nesterov momentum 0.9 and weight decay 1e-4; the learning rate is divided by 10 at a half and "
+    "at three quarters of the epochs. A tenth of the training images validates.",
+    "The error is that of the last epoch; the paper takes the epoch of lowest validation error.",
+    "Inputs are normalised by a mean and a deviation of each channel, the authors' by a mean for each pixel.",
+)
+_FEW = {
+    "tiny": (
+        "8x8 digits and 1,000 images of Fashion-MNIST, ResNet-20, minutes of training: too little to say "
+        "anything of the paper's errors. Digits start at a learning rate of 0.02 with a rise, and are "
+        "shifted by up to one pixel, not mirrored.",
+    ),
+    "small": (
+        "10,000 images of CIFAR-10 and 4,000 of Fashion-MNIST, ResNet-20 to 56, batch 64, 8 to 12 epochs in "
+        "place of 500: stochastic depth is slower to learn and pays in long training, so its errors here say "
+        "little of the paper's.",
+    ),
+    "full": (
+        "SVHN: the learning rate falls at a half and at three quarters of the 50 epochs (the paper: after 30 "
+        "and 35), and a tenth of the images validates (the paper: 6,000).",
+    ),
+}
+_SWEEP = {
+    **_FEW,
+    "small": ("4,000 images of Fashion-MNIST, 12 epochs; the paper has CIFAR-10 and 500 epochs.",),
+}
+
+
+def _errors() -> tuple[Known, ...]:
+    known = []
+    for (data, augmented), pair in ERRORS.items():
+        place = f"{_NAMES[data]}, {'augmented' if augmented else 'as it is'}"
+        source = "its table 1" if augmented or data == "svhn" else "its text, section 4"
+        for name, value in zip(("constant depth", "stochastic depth"), pair, strict=True):
+            known.append(Known(f"test error in %, {name}, {place}", "paper", source, value))
+    return tuple(known)
+
+
+def _times() -> tuple[Known, ...]:
+    known = []
+    for data, (constant, stochastic) in MINUTES.items():
+        words = f"time of training over constant depth's, {_NAMES[data]}"
+        hours = "{:.0f} h {:02.0f} over {:.0f} h {:02.0f}".format(
+            *divmod(stochastic, 60), *divmod(constant, 60)
+        )
+        known.append(Known(words, "paper", f"its table 2: {hours}", stochastic / constant))
+    return tuple(known)
+
+
+PAPER = Paper(
+    name="huang2016",
+    title="Deep Networks with Stochastic Depth",
+    cite="G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Q. Weinberger, ECCV 2016, arXiv:1603.09382v3",
+    items=(
+        Item(
+            "table1",
+            "Constant against stochastic depth",
+            "Test errors with and without augmentation; table 1 and the errors of figure 3.",
+            by_scale("tables"),
+            results.errors,
+            known=_errors(),
+            differences={"": _SETUP, **_FEW},
+        ),
+        Item(
+            "table2",
+            "Time of training",
+            "Time of a step of stochastic depth over constant depth's, beside the ideal ratio; table 2.",
+            by_scale("tables"),
+            results.times,
+            known=(
+                *_times(),
+                Known(
+                    "share of the blocks' work that rests at p_L = 0.5, 54 blocks",
+                    "derived",
+                    "(1 - p_L)(L + 1) / (2 L)",
+                    0.5 * 55 / 108,
+                ),
+            ),
+            differences={
+                "": (
+                    "Processor time of interleaved steps (on a GPU wall clock), without data loading and "
+                    "evaluation.",
+                )
+            },
+        ),
+        Item(
+            "curves",
+            "Training curves",
+            "Validation error and training loss over epochs; figures 3 and 4.",
+            by_scale("tables"),
+            results.curves,
+            differences={"": _SETUP, **_FEW},
+        ),
+        Item(
+            "gradients",
+            "Gradients of the first layer",
+            "Mean gradient magnitude of the first convolution over epochs; figure 7.",
+            by_scale("tables"),
+            results.gradients,
+            known=(
+                Known("it is larger with stochastic depth throughout", "paper", "its figure 7, ResNet-110"),
+            ),
+            differences=_FEW,
+        ),
+        Item(
+            "rates",
+            "Uniform and linear rates",
+            "Test error against p_L for both rules; figure 8, left.",
+            by_scale("sweep"),
+            sweeps.sweep,
+            known=(
+                Known("both rules beat constant depth where p_L is set well", "paper", "its figure 8"),
+                Known("linear rates are at least as good as uniform ones", "paper", "its figure 8"),
+                Known("linear rates are good for p_L from 0.4 to 0.8", "paper", "its section 5"),
+            ),
+            differences=_SWEEP,
+        ),
+        Item(
+            "depths",
+            "p_L by depth",
+            "Test error by p_L and number of layers, linear rates, as a map; figure 8, right.",
+            by_scale("heat"),
+            sweeps.heat_map,
+            known=(Known("deeper nets want a lower p_L", "paper", "its figure 8"),),
+            differences=_SWEEP,
+        ),
+        Item(
+            "deep",
+            "1202 layers",
+            "The very deep net with constant and with stochastic depth: what a step takes, how it trains.",
+            by_scale("deep"),
+            results.deep,
+            known=(
+                Known("test error in %, stochastic depth, CIFAR-10, augmented", "paper", "its text", 4.91),
+                Known("test error in %, constant depth", "paper", "its text", 6.67),
+                Known("test error in %, constant depth", "lit", "He et al. (2016), as it quotes them", 7.93),
+            ),
+            differences={
+                "tiny": ("A few steps on digits: that it runs and what it costs, not what it learns.",),
+                "small": ("A few steps on 96 images: that it runs and what it costs, not what it learns.",),
+                "full": (
+                    "The learning rate rises over the first 10 epochs; the paper has a tenth of it then.",
+                ),
+            },
+        ),
+        Item(
+            "ablation",
+            "Samplers, modes and gradients",
+            "Test error and time of other ways of stochastic depth at the same rates; the paper has no such "
+            "table.",
+            by_scale("ablation"),
+            sweeps.ablation,
+            differences={
+                "": (
+                    "bernoulli: independent draws; exact: the same rates at constant cost; batch: a branch "
+                    "rests for the whole batch, row: for each image; none: what rested has no gradient and "
+                    "stays as it is, zero: it has a zero gradient and decays.",
+                )
+            },
+        ),
+    ),
+    scales={
+        "tiny": Scale("Digits and 1,000 images of Fashion-MNIST, ResNet-20; a few minutes on two cores."),
+        "small": Scale(
+            "10,000 images of CIFAR-10 with ResNet-20 and 56, 4,000 of Fashion-MNIST with ResNet-20 to 44, "
+            "three seeds; about two and a half hours on two cores."
+        ),
+        "full": Scale(
+            "The paper's protocol: ResNet-110 on CIFAR-10 and CIFAR-100 for 500 epochs, 152 layers on SVHN, "
+            "1202 layers for 300 epochs.",
+            takes="some thousand GPU hours by estimate (not measured), on two cores years",
+        ),
+    },
+    notes=(
+        "Numbers marked paper are the paper's, from its third version on arXiv; all others are ours.",
+        "Constant and stochastic depth are trained in one process, step by step in turn, from the same "
+        "initial weights on the same batches.",
+    ),
+)

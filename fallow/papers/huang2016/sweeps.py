@@ -1,0 +1,141 @@
+"""What is plotted and tabled of `huang2016` where rates, depths and ways of stochastic depth vary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fallow.papers._panels import (
+    Found,
+    compared,
+    data_words,
+    gathered,
+    heat,
+    mean_and_error,
+    panel,
+    pick,
+    series,
+    table,
+    tasks,
+    values,
+    verdict,
+)
+from fallow.papers.huang2016.results import (
+    CONSTANT,
+    ERRORS,
+    Gathered,
+    both,
+    pairs,
+)
+from fallow.papers.huang2016.sizes import OWN, RULES, WAYS
+from fallow.papers.huang2016.timing import CONSTANT as DENSE
+
+
+def by_seed(found: Found) -> dict[int, float]:
+    """Test errors in % of stochastic depth, by seed."""
+    return {cell.tags["seed"]: 100 * result["test_error"] for cell, result in found}
+
+
+def sweep(found: Found) -> Gathered:
+    """Test error against p_L for both rules, constant depth as a line."""
+    (task,) = tasks(found)
+    constant, _ = both(pairs(found))
+    curves, rows = [], []
+    for rule in RULES:
+        mine = pick(found, rule=rule)
+        points = []
+        for last in values(mine, "last"):
+            group = by_seed(pick(mine, last=last))
+            result = compared(group, constant)
+            mean, error = mean_and_error(list(group.values()))
+            points.append((last, mean, error))
+            between = [result["difference"], result["error"]] if result else [None, None]
+            rows.append([f"{rule}, {last:g}", mean, error, *between, len(group)])
+            rows[-1].append(verdict(result, f"{rule} {last:g}", CONSTANT))
+        if points:
+            x, y, spread = (list(column) for column in zip(*points, strict=True))
+            curves.append(series(rule, x, y, error=spread))
+    made = _with_levels(found, curves, constant)
+    columns = ["rule, p_L", "test error in %", "s.e.", "minus constant depth", "s.e.", "seeds", "shown"]
+    tables = [table(f"{task}: uniform and linear rates", columns, rows, "differences in pairs of a seed")]
+    return gathered([panel(task, "p_L", "test error in %", made)], tables, data_words(found))
+
+
+def _with_levels(found: Found, curves: list[Any], constant: Mapping[int, float]) -> list[Any]:
+    """The curves, with constant depth's level, and the paper's where it trained on these images."""
+    places = [x for curve in curves for x in curve["x"]]
+    if not places or not constant:
+        return curves
+    ends = [min(places), max(places)]
+    made = [*curves]
+    level = mean_and_error(list(constant.values()))[0]
+    made.append(series(CONSTANT, ends, [level] * 2, style="dashed"))
+    tags = found[0][0].tags
+    if (tags["data"], tags["augmented"]) in ERRORS:
+        theirs = ERRORS[tags["data"], tags["augmented"]]
+        for name, value in zip((CONSTANT, "linear, p_L = 0.5"), theirs, strict=True):
+            made.append(series(f"{name}, 110 layers", ends, [value] * 2, style="dashed", label="paper"))
+    return made
+
+
+def heat_map(found: Found) -> Gathered:
+    """Test error by p_L and depth; p_L = 1 is constant depth."""
+    cells: dict[tuple[float, int], list[float]] = {}
+    for cell, result in found:
+        cells.setdefault((cell.tags["last"], cell.tags["depth"]), []).append(100 * result["test_error"])
+        if "twin_test_error" in result:
+            cells.setdefault((1.0, cell.tags["depth"]), []).append(100 * result["twin_test_error"])
+    rates, depths = sorted({p for p, _ in cells}), sorted({depth for _, depth in cells})
+    points = {place: mean_and_error(group) for place, group in cells.items()}
+    grid = [[points[p, depth][0] if (p, depth) in points else None for depth in depths] for p in rates]
+    title = found[0][0].tags["task"].split(", ResNet")[0]
+    drawn = heat(f"{title}: test error in %", "layers", "p_L", depths, rates, grid)
+    rows = []
+    for p in rates:
+        row: list[Any] = [f"{p:g}" if p < 1 else f"1 ({CONSTANT})"]
+        for depth in depths:
+            row += points.get((p, depth), (None, None))
+        rows.append(row)
+    columns = ["p_L", *(word for depth in depths for word in (f"{depth} layers", "s.e."))]
+    best = [_best(depth, points) for depth in depths]
+    return gathered([drawn], [table(f"{title}: test error in %", columns, rows)], best)
+
+
+def _best(depth: int, points: Mapping[tuple[float, int], tuple[float, float | None]]) -> str:
+    mine = {p: point for (p, d), point in points.items() if d == depth}
+    p = min(mine, key=lambda p: mine[p][0])
+    mean, error = mine[p]
+    spread = f" ± {error:.2f}" if error else ""
+    where = CONSTANT if p == 1 else f"p_L = {p:g}"
+    return f"{depth} layers: the lowest mean is that of {where}, {mean:.2f}{spread} %."
+
+
+def ablation(found: Found) -> Gathered:
+    """Errors and times of other ways at the same rates."""
+    trained = [(cell, result) for cell, result in found if "way" in cell.tags]
+    timed = next((result["ways"] for cell, result in found if cell.tags.get("work") == "timing"), {})
+    own = by_seed(pick(trained, way=OWN))
+    rows = []
+    constant, _ = both(pairs(trained))
+    groups = {DENSE: constant, **{way: by_seed(pick(trained, way=way)) for way in WAYS}}
+    for way, group in groups.items():
+        if not group and way not in timed:
+            continue
+        mean, error = mean_and_error(list(group.values())) if group else (None, None)
+        result = None if way == OWN else compared(group, own)
+        between = [result["difference"], result["error"]] if result else [None, None]
+        judged = "" if way == OWN else verdict(result, way, OWN)
+        time = timed.get(way, {})
+        ratio = time.get("time") or {}
+        rows.append([way, mean, error, *between, judged, time.get("realised_cost")])
+        rows[-1] += [ratio.get(key) for key in ("median", "low", "high")]
+    columns = ["sampler, mode, gradients", "test error in %", "s.e.", "minus the paper's", "s.e.", "shown"]
+    columns += ["share of FLOPs run", "time ratio", "from", "to"]
+    note = (
+        f"the paper's way is {OWN}: independent draws, one for a batch, and an optimiser that also moves "
+        "what rested; differences in pairs of a seed. Times: one step of each way and of constant depth in "
+        "turn, median of the paired ratios of processor time (on a GPU wall clock) with a 95 % bootstrap "
+        "interval"
+    )
+    task = tasks(found)[0]
+    return gathered([], [table(f"{task}: at the same rates", columns, rows, note)], data_words(trained))

@@ -1,0 +1,347 @@
+"""The shelf: papers that can be reproduced by one command, and the runner they share.
+
+A paper is data (`_experiments.Paper`); `reproduce` runs its cells, gathers what is plotted, and leaves one
+`results.json` from which the page is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fallow import data
+from fallow._version import __version__
+from fallow.errors import DataError, UsageError, check_count, nearest
+from fallow.papers import _cells, hayou2021, huang2016, lejeune2021, pal2020
+from fallow.papers._experiments import LABELS, Cell, Item, Paper
+from fallow.papers._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
+from fallow.recipes._results import now
+from fallow.recipes._run import RESULTS, RunFolder
+from fallow.recipes._stop import Interrupted
+
+__all__ = [
+    "ALL",
+    "AS_PUBLISHED",
+    "PAPERS",
+    "Done",
+    "Entry",
+    "cores",
+    "entries",
+    "home_of",
+    "paper_of",
+    "refuse_all",
+    "reproduce",
+]
+
+
+PAPERS: dict[str, Paper] = {
+    paper.name: paper for paper in (huang2016.PAPER, hayou2021.PAPER, pal2020.PAPER, lejeune2021.PAPER)
+}
+# Those of which the authors' code departs from the formulas, shown as the code has it; the same cells.
+AS_PUBLISHED: dict[str, Paper] = {lejeune2021.PUBLISHED.name: lejeune2021.PUBLISHED}
+ALL = "all"  # in place of a paper's name: every one of them
+SCHEMA = 1
+TWO_CORES = 2  # what expected times are said for
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a reproduction left.
+
+    Attributes:
+        folder: it holds results.json and the cells' folders.
+        failed: the cells that failed, with the reason.
+    """
+
+    folder: Path
+    failed: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the list: what there is, how to run it, what it should take, how far it is."""
+
+    paper: str
+    item: str
+    title: str
+    scale: str
+    command: str
+    minutes: float
+    state: str
+
+
+def paper_of(name: str, *, as_published: bool = False) -> Paper:
+    """The paper of that name; `as_published` where its authors' code departs from its formulas.
+
+    Raises:
+        UsageError: there is none, or it has no such variant.
+    """
+    if name in PAPERS:
+        if as_published and name not in AS_PUBLISHED:
+            raise UsageError(f"--as-published is for {', '.join(AS_PUBLISHED)} alone: leave it out")
+        return AS_PUBLISHED[name] if as_published else PAPERS[name]
+    close = nearest(name, PAPERS)
+    hint = f"did you mean {close}? There" if close else "there"
+    raise UsageError(f"no paper {name}: {hint} are {', '.join(PAPERS)}, or {ALL}")
+
+
+def home_of(paper: str, scale: str) -> Path:
+    """The folder that a reproduction gets where none is named."""
+    return Path("runs") / f"{paper}-{scale}"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def entries(papers: Sequence[Paper] | None = None) -> list[Entry]:
+    """Everything on the shelf, an item and a scale a line, with the state of the last run."""
+    found = []
+    for paper in papers if papers is not None else PAPERS.values():
+        for scale in paper.scales:
+            for item in paper.items:
+                cells = paper.cells([item], scale)
+                if not cells:
+                    continue
+                command = f"fallow reproduce {paper.name} --only {item.name} --scale {scale}"
+                minutes = expected_minutes(cells, TWO_CORES)
+                state = _state(cells, home_of(paper.name, scale))
+                found.append(Entry(paper.name, item.name, item.title, scale, command, minutes, state))
+    return found
+
+
+def _state(cells: Sequence[Cell], home: Path) -> str:
+    """In words, from the folders."""
+    if not home.is_dir():
+        return "not run"
+    done = sum(_is_done(cell, home) for cell in cells)
+    return "done" if done == len(cells) else f"{done} of {len(cells)} cells" if done else "not run"
+
+
+def _is_done(cell: Cell, home: Path) -> bool:
+    try:
+        return _cells.is_done(cell, folder_of(cell, home))
+    except DataError:
+        return False
+
+
+def reproduce(
+    paper: str | Paper,
+    *,
+    scale: str = "tiny",
+    only: Sequence[str] = (),
+    jobs: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    watcher: Watcher | None = None,
+    command: str | None = None,
+    remarks: Sequence[str] = (),
+) -> Done:
+    """Run what is not done yet of a paper's items, and write what there is to `results.json`.
+
+    Args:
+        paper: its name, or an own `Paper`.
+        scale: one of the paper's.
+        only: names of items; none: all.
+        jobs: cells at once, each with one thread; None: one a core, on a GPU one.
+        out: folder; None: runs/PAPER-SCALE.
+        data_dir: where image sets are.
+        force: run what wants a GPU without one.
+        watcher: is told of the progress.
+        command: what the user called, for the results.
+        remarks: sentences that are kept with the results, about the data for instance.
+
+    Raises:
+        UsageError: an unknown paper, item or scale; a scale that wants a GPU without one; a folder in use.
+        DataError: an image set is not there; nothing was run then.
+        Interrupted: on request; the same call goes on.
+    """
+    chosen = paper if isinstance(paper, Paper) else paper_of(paper)
+    items = chosen.chosen(only, scale)
+    jobs = (1 if torch.cuda.is_available() else cores()) if jobs is None else check_count("--jobs", jobs, 1)
+    cells = chosen.cells(items, scale)
+    home = home_of(chosen.name, scale) if out is None else Path(out)
+    where = None if data_dir is None else str(data_dir)
+    _refuse(chosen, scale, home, force)
+    _need_data(chosen, [cell for cell in cells if not _is_done(cell, home)], where)
+    command = command or f"fallow reproduce {chosen.name} --scale {scale}"
+    try:
+        outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
+    except Interrupted:
+        write_results(chosen, scale, home, command, [], remarks)
+        raise
+    write_results(chosen, scale, home, command, outcomes, remarks)
+    return Done(home, tuple(outcome for outcome in outcomes if outcome.status == "failed"))
+
+
+def refuse_all(homes: Mapping[str, Path], scale: str, data_dir: str | None, force: bool) -> None:
+    """Refuse what `reproduce` would refuse of any of these papers, before the first of them runs.
+
+    Args:
+        homes: paper -> its folder.
+        scale: of all of them.
+        data_dir: where image sets are.
+        force: run what wants a GPU without one.
+
+    Raises:
+        UsageError: a paper that has no such scale or wants a GPU; a folder that holds something else, or a
+            cell with other options.
+        DataError: an image set is not there.
+    """
+    for name, home in homes.items():
+        paper = paper_of(name)
+        cells = paper.cells(paper.chosen((), scale), scale)
+        _refuse(paper, scale, home, force)
+        for cell in cells:
+            _cells.refuse_other(cell, folder_of(cell, home))
+        _need_data(paper, [cell for cell in cells if not _is_done(cell, home)], data_dir)
+
+
+def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
+    """Refuse a scale that this machine is too small for, and a folder that holds something else."""
+    takes = paper.scales[scale].takes
+    if takes and not force and not torch.cuda.is_available():
+        raise UsageError(
+            f"{paper.name} at scale {scale} is for a GPU and torch sees none here: {takes}. Take another "
+            "--scale, or go on all the same with --force"
+        )
+    if not home.exists():
+        return
+    if not home.is_dir():
+        raise UsageError(f"{home} is a file, not a folder: name another place with --out")
+    found = _results_in(home)
+    other = found and (found.get("paper", {}).get("name"), found.get("scale")) != (paper.name, scale)
+    strange = not (home / CELLS).is_dir() and any(not path.name.startswith(".") for path in home.iterdir())
+    if other or (not found and strange):
+        raise UsageError(
+            f"the folder {home} exists and holds something else than {paper.name} at scale {scale}: name "
+            "another place with --out"
+        )
+
+
+def _results_in(home: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((home / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> None:
+    """Read every image set once before anything runs, so that a missing one costs no time."""
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
+    missing: dict[str, DataError] = {}
+    for name in sorted({cell.data for cell in cells if cell.data}):
+        try:
+            data.load(name, data_dir)
+        except DataError as error:
+            missing[name] = error
+    if not missing:
+        return
+    first, *others = missing
+    also = f" Missing too: {', '.join(others)}." if others else ""
+    able = [item.name for item in paper.items if not any(c.data for cs in item.cells.values() for c in cs)]
+    without = f" Without images run: --only {', --only '.join(able)}." if able else ""
+    raise DataError(f"{missing[first]}{also}{without}")
+
+
+# --- results ------------------------------------------------------------------------------------------
+
+
+def write_results(
+    paper: Paper,
+    scale: str,
+    home: Path,
+    command: str,
+    outcomes: Sequence[Outcome],
+    remarks: Sequence[str] = (),
+) -> None:
+    """Gather all that is done, of this call and of earlier ones, into results.json."""
+    kept = _results_in(home)
+    before = kept.get("provenance", {})
+    ran = any(outcome.status == "done" for outcome in outcomes)
+    remarks = list(dict.fromkeys([*before.get("remarks", []), *remarks]))
+    everything = paper.cells(paper.items, scale)
+    seeds = sorted({cell.tags["seed"] for cell in everything if "seed" in cell.tags})
+    provenance = _provenance(command, remarks) if ran or not before else {**before, "remarks": remarks}
+    provenance["seeds"] = seeds
+    failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
+    items = [_gathered(item, scale, home) for item in paper.items if item.cells.get(scale)]
+    done = sum(_is_done(cell, home) for cell in everything)
+    results = {
+        "schema": SCHEMA,
+        "kind": "paper",
+        "status": "done" if done == len(everything) else "partial",
+        "paper": {
+            "name": paper.name,
+            "title": paper.title,
+            "cite": paper.cite,
+            "notes": list(paper.notes),
+            "labels": LABELS,
+        },
+        "scale": scale,
+        "settings": {"about": paper.scales[scale].about, "takes": paper.scales[scale].takes},
+        "items": items,
+        "cells": [_record(cell, home, failed) for cell in sorted(everything, key=lambda cell: cell.name)],
+        "provenance": provenance,
+    }
+    RunFolder(home, command).write_json(RESULTS, results)
+
+
+def _provenance(command: str, remarks: list[str]) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hardware = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, one thread a cell"
+    )
+    return {
+        "command": command,
+        "fallow": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "hardware": hardware,
+        "finished": now(),
+        "remarks": remarks,
+    }
+
+
+def _gathered(item: Item, scale: str, home: Path) -> dict[str, Any]:
+    cells = item.cells[scale]
+    done = [(cell, _cells.result(cell, folder_of(cell, home))) for cell in cells if _is_done(cell, home)]
+    found = item.gather(done) if done else {}
+    return {
+        "name": item.name,
+        "title": item.title,
+        "shows": item.shows,
+        "status": "done" if len(done) == len(cells) else "partial" if done else "not run",
+        "cells_done": len(done),
+        "cells": len(cells),
+        "differences": [*item.differences.get("", ()), *item.differences.get(scale, ())],
+        "known": [known.as_dict() for known in item.known],
+        **{"panels": [], "tables": [], "statements": []},
+        **found,
+    }
+
+
+def _record(cell: Cell, home: Path, failed: dict[str, str]) -> dict[str, Any]:
+    """A cell in short: what it was asked, how far it is, its single numbers."""
+    record: dict[str, Any] = {"name": cell.name, "tags": dict(cell.tags), "options": dict(cell.options)}
+    if not _is_done(cell, home):
+        reason = {"message": failed[cell.name]} if cell.name in failed else {}
+        return {**record, "status": "failed" if reason else "open", **reason}
+    folder = folder_of(cell, home)
+    found = _cells.result(cell, folder)
+    numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {**record, "status": "done", "seconds": _cells.seconds(cell, folder), "found": numbers}
