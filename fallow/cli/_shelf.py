@@ -10,7 +10,7 @@ import typer
 
 from fallow.errors import RunError, UsageError, need
 from fallow.papers import _progress, shelf
-from fallow.papers._experiments import SCALES
+from fallow.papers._experiments import SCALES, Paper
 from fallow.recipes import show
 from fallow.report import write_report
 
@@ -67,46 +67,47 @@ def reproduce(
     if paper is None:
         _print_list(console)
         return
-    scale = scale or SCALES[0]
-    names = list(shelf.PAPERS) if paper == shelf.ALL else [paper]
-    chosen = [shelf.paper_of(name, as_published=as_published) for name in names]
-    homes = {one.name: _home(one.name, scale, out, alone=paper != shelf.ALL) for one in chosen}
+    options = {"scale": scale or SCALES[0], "only": only or (), "jobs": jobs, "data_dir": data_dir}
+    options |= {"force": force, "command": shlex.join(context.obj), "remarks": note or ()}
     if paper == shelf.ALL:
-        shelf.refuse_all(homes, scale, None if data_dir is None else str(data_dir), force)
+        _all(console, out, options)
+        return
+    page, failed = _one(console, shelf.paper_of(paper, as_published=as_published), out, options)
+    _refuse_failed(failed, page)
+    _line(f"report  {page}")
+
+
+def _one(console: Any, paper: Paper, out: Path | None, options: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Reproduce a paper: its page, and which cells failed."""
+    scale = options["scale"]
+    items = paper.chosen(options["only"], scale)
+    cells = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
+    watcher = _progress.Table(console, cells) if console.is_terminal else _progress.Lines(_line)
+    done = shelf.reproduce(paper, out=out, watcher=watcher, **options)
+    _line(f"results {done.folder / 'results.json'}")
+    return write_report(done.folder), [f"{cell.name}: {cell.message}" for cell in done.failed]
+
+
+def _all(console: Any, out: Path | None, options: dict[str, Any]) -> None:
+    """Reproduce every paper, each in its own folder, and make one page of them all."""
+    scale, below = options["scale"], out or Path("runs")
+    homes = {name: below / shelf.home_of(name, scale).name for name in shelf.PAPERS}
+    shelf.refuse_all(homes, scale, options["data_dir"], options["force"])
     failed: list[str] = []
-    for one in chosen:
-        if paper == shelf.ALL:
-            _line(f"{one.name}: {one.title}")
-        items = one.chosen(only or (), scale)
-        cells = {item.name: [cell.name for cell in item.cells.get(scale, ())] for item in items}
-        done = shelf.reproduce(
-            one,
-            scale=scale,
-            only=only or (),
-            jobs=jobs,
-            out=homes[one.name],
-            data_dir=data_dir,
-            force=force,
-            watcher=_progress.Table(console, cells) if console.is_terminal else _progress.Lines(_line),
-            command=shlex.join(context.obj),
-            remarks=note or (),
-        )
-        _line(f"results {done.folder / 'results.json'}")
-        page = write_report(done.folder)
-        failed += [f"{cell.name}: {cell.message}" for cell in done.failed]
-        if not done.failed:
-            _line(f"report  {page}")
-    if paper == shelf.ALL:
-        page = write_report([*homes.values()], (out or Path("runs")) / f"{shelf.ALL}-{scale}.html")
-        _line(f"all     {page}")
+    for name, home in homes.items():
+        paper = shelf.paper_of(name)
+        _line(f"{name}: {paper.title}")
+        page, its = _one(console, paper, home, options)
+        _line(f"report  {page}")
+        failed += its
+    page = write_report([*homes.values()], below / f"{shelf.ALL}-{scale}.html")
+    _refuse_failed(failed, page)
+    _line(f"all     {page}")
+
+
+def _refuse_failed(failed: list[str], page: Path) -> None:
     if failed:
         raise RunError(f"{len(failed)} cells failed ({'; '.join(failed[:_SHOWN])}); the rest is in {page}")
-
-
-def _home(paper: str, scale: str, out: Path | None, *, alone: bool) -> Path:
-    """The folder of a paper: the one that was named, or for all of them one below it."""
-    usual = shelf.home_of(paper, scale)
-    return usual if out is None else out if alone else out / usual.name
 
 
 def _print_list(console: Any) -> None:

@@ -6,24 +6,19 @@ A paper is data (`_experiments.Paper`); `reproduce` runs its cells, gathers what
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fallow import data
-from fallow._version import __version__
 from fallow.errors import DataError, UsageError, check_count, nearest
 from fallow.papers import _cells, hayou2021, huang2016, lejeune2021, pal2020
-from fallow.papers._experiments import LABELS, Cell, Item, Paper
+from fallow.papers._experiments import Cell, Paper
 from fallow.papers._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
-from fallow.recipes._results import now
-from fallow.recipes._run import RESULTS, RunFolder
+from fallow.papers._written import is_done, results_in, write_results
 from fallow.recipes._stop import Interrupted
 
 __all__ = [
@@ -47,7 +42,6 @@ PAPERS: dict[str, Paper] = {
 # Those of which the authors' code departs from the formulas, shown as the code has it; the same cells.
 AS_PUBLISHED: dict[str, Paper] = {lejeune2021.PUBLISHED.name: lejeune2021.PUBLISHED}
 ALL = "all"  # in place of a paper's name: every one of them
-SCHEMA = 1
 TWO_CORES = 2  # what expected times are said for
 
 
@@ -122,15 +116,8 @@ def _state(cells: Sequence[Cell], home: Path) -> str:
     """In words, from the folders."""
     if not home.is_dir():
         return "not run"
-    done = sum(_is_done(cell, home) for cell in cells)
+    done = sum(is_done(cell, home) for cell in cells)
     return "done" if done == len(cells) else f"{done} of {len(cells)} cells" if done else "not run"
-
-
-def _is_done(cell: Cell, home: Path) -> bool:
-    try:
-        return _cells.is_done(cell, folder_of(cell, home))
-    except DataError:
-        return False
 
 
 def reproduce(
@@ -172,7 +159,7 @@ def reproduce(
     home = home_of(chosen.name, scale) if out is None else Path(out)
     where = None if data_dir is None else str(data_dir)
     _refuse(chosen, scale, home, force)
-    _need_data(chosen, [cell for cell in cells if not _is_done(cell, home)], where)
+    _need_data(chosen, [cell for cell in cells if not is_done(cell, home)], where)
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
     try:
         outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
@@ -203,7 +190,7 @@ def refuse_all(homes: Mapping[str, Path], scale: str, data_dir: str | None, forc
         _refuse(paper, scale, home, force)
         for cell in cells:
             _cells.refuse_other(cell, folder_of(cell, home))
-        _need_data(paper, [cell for cell in cells if not _is_done(cell, home)], data_dir)
+        _need_data(paper, [cell for cell in cells if not is_done(cell, home)], data_dir)
 
 
 def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
@@ -218,7 +205,7 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
         return
     if not home.is_dir():
         raise UsageError(f"{home} is a file, not a folder: name another place with --out")
-    found = _results_in(home)
+    found = results_in(home)
     other = found and (found.get("paper", {}).get("name"), found.get("scale")) != (paper.name, scale)
     strange = not (home / CELLS).is_dir() and any(not path.name.startswith(".") for path in home.iterdir())
     if other or (not found and strange):
@@ -226,14 +213,6 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
             f"the folder {home} exists and holds something else than {paper.name} at scale {scale}: name "
             "another place with --out"
         )
-
-
-def _results_in(home: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((home / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> None:
@@ -253,95 +232,3 @@ def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> Non
     able = [item.name for item in paper.items if not any(c.data for cs in item.cells.values() for c in cs)]
     without = f" Without images run: --only {', --only '.join(able)}." if able else ""
     raise DataError(f"{missing[first]}{also}{without}")
-
-
-# --- results ------------------------------------------------------------------------------------------
-
-
-def write_results(
-    paper: Paper,
-    scale: str,
-    home: Path,
-    command: str,
-    outcomes: Sequence[Outcome],
-    remarks: Sequence[str] = (),
-) -> None:
-    """Gather all that is done, of this call and of earlier ones, into results.json."""
-    kept = _results_in(home)
-    before = kept.get("provenance", {})
-    ran = any(outcome.status == "done" for outcome in outcomes)
-    remarks = list(dict.fromkeys([*before.get("remarks", []), *remarks]))
-    everything = paper.cells(paper.items, scale)
-    seeds = sorted({cell.tags["seed"] for cell in everything if "seed" in cell.tags})
-    provenance = _provenance(command, remarks) if ran or not before else {**before, "remarks": remarks}
-    provenance["seeds"] = seeds
-    failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
-    items = [_gathered(item, scale, home) for item in paper.items if item.cells.get(scale)]
-    done = sum(_is_done(cell, home) for cell in everything)
-    results = {
-        "schema": SCHEMA,
-        "kind": "paper",
-        "status": "done" if done == len(everything) else "partial",
-        "paper": {
-            "name": paper.name,
-            "title": paper.title,
-            "cite": paper.cite,
-            "notes": list(paper.notes),
-            "labels": LABELS,
-        },
-        "scale": scale,
-        "settings": {"about": paper.scales[scale].about, "takes": paper.scales[scale].takes},
-        "items": items,
-        "cells": [_record(cell, home, failed) for cell in sorted(everything, key=lambda cell: cell.name)],
-        "provenance": provenance,
-    }
-    RunFolder(home, command).write_json(RESULTS, results)
-
-
-def _provenance(command: str, remarks: list[str]) -> dict[str, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hardware = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, one thread a cell"
-    )
-    return {
-        "command": command,
-        "fallow": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "hardware": hardware,
-        "finished": now(),
-        "remarks": remarks,
-    }
-
-
-def _gathered(item: Item, scale: str, home: Path) -> dict[str, Any]:
-    cells = item.cells[scale]
-    done = [(cell, _cells.result(cell, folder_of(cell, home))) for cell in cells if _is_done(cell, home)]
-    found = item.gather(done) if done else {}
-    return {
-        "name": item.name,
-        "title": item.title,
-        "shows": item.shows,
-        "status": "done" if len(done) == len(cells) else "partial" if done else "not run",
-        "cells_done": len(done),
-        "cells": len(cells),
-        "differences": [*item.differences.get("", ()), *item.differences.get(scale, ())],
-        "known": [known.as_dict() for known in item.known],
-        **{"panels": [], "tables": [], "statements": []},
-        **found,
-    }
-
-
-def _record(cell: Cell, home: Path, failed: dict[str, str]) -> dict[str, Any]:
-    """A cell in short: what it was asked, how far it is, its single numbers."""
-    record: dict[str, Any] = {"name": cell.name, "tags": dict(cell.tags), "options": dict(cell.options)}
-    if not _is_done(cell, home):
-        reason = {"message": failed[cell.name]} if cell.name in failed else {}
-        return {**record, "status": "failed" if reason else "open", **reason}
-    folder = folder_of(cell, home)
-    found = _cells.result(cell, folder)
-    numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
-    return {**record, "status": "done", "seconds": _cells.seconds(cell, folder), "found": numbers}
