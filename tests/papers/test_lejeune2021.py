@@ -545,10 +545,10 @@ def test_two_seeds_call_no_recipe_better():
     assert any("too few seeds" in words for words in said)
 
 
-def test_tuning_tries_as_many_settings_of_either_and_names_the_chosen_ones():
+def test_tuning_tries_no_fewer_settings_of_the_peer_and_names_the_chosen_ones():
     cells = {item.name: item.cells for item in PAPER.items}["tuning"]["small"]
     by_method = {m: [c for c in cells if c.tags["method"] == m] for m in ("magnitude", "logsum-target")}
-    assert len(by_method["magnitude"]) == len(by_method["logsum-target"]) > 8
+    assert len(by_method["magnitude"]) >= len(by_method["logsum-target"]) > 8
     beyond = {item.name: item.cells for item in PAPER.items}["beyond"]["small"]
     for method, mine in by_method.items():
         chosen = [cell for cell in mine if cell.tags["used"]]
@@ -564,7 +564,7 @@ def test_tuning_tries_as_many_settings_of_either_and_names_the_chosen_ones():
     ]
     gathered = lejeune_beyond.tuning(found)
     errors = [row[3] for row in gathered["tables"][0]["rows"]]
-    half = len(errors) // 2
+    half = len(by_method["magnitude"])
     assert errors[:half] == sorted(errors[:half]) and errors[half:] == sorted(errors[half:])
     place = 1 + sum(
         error < next(r[3] for r in gathered["tables"][0]["rows"] if r[4]) for error in errors[:half]

@@ -124,8 +124,8 @@ def _items(as_published: bool) -> tuple[Item, ...]:
         Item(
             "tuning",
             "How the recipes' settings were chosen",
-            "Validation errors of gradual magnitude pruning and of LogSum to a target, as many settings of "
-            "the one as of the other, on images as they are.",
+            "Validation errors of gradual magnitude pruning and of LogSum to a target, more settings of "
+            "the first than of the other, on images as they are.",
             by_scale("tuning"),
             beyond.tuning,
             differences={"": _TUNING},
