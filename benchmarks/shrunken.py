@@ -215,7 +215,7 @@ def print_tables(names: Sequence[str], seeds: Sequence[Mapping[str, dict[str, An
 
     def points(values: Sequence[float]) -> str:
         mean, spread = mean_error(values)
-        return f"{100 * mean:.2f} ± {100 * spread:.2f}"
+        return f"{100 * mean:.2f}" + (f" ± {100 * spread:.2f}" if len(values) > 1 else "")
 
     errors = [
         (
@@ -225,7 +225,7 @@ def print_tables(names: Sequence[str], seeds: Sequence[Mapping[str, dict[str, An
         )
         for name in names
     ]
-    title = f"test error in % on {tested:,} images, {len(seeds)} seeds"
+    title = f"test error in % on {tested:,} images, seeds: {len(seeds)}"
     _timing.table(title, ("arm", "error", "minus dense, paired"), errors)
     rows = [
         (
