@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fallow.data import Dataset
 from fallow.integrations.loading import load_model
-from fallow.planning import RunningSensitivities
+from fallow.planning import RunningSensitivities, costs
 from fallow.recipes._batches import Batches, error_of, seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._ending import NotFinite
@@ -227,22 +227,33 @@ def _first_convolution(model: nn.Module) -> Tensor | None:
     return next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), None)
 
 
-def droppable_time(model: nn.Module, config: Config, dataset: Dataset, batches: Batches) -> float | None:
-    """Measured share of a dense step's time that its droppable branches take, optimiser included.
+def droppable_time(
+    model: nn.Module, config: Config, dataset: Dataset, batches: Batches
+) -> dict[str, float] | None:
+    """Measured share of a dense step's time that each site takes; None where no step could be timed.
 
-    A copy whose branches all rest takes a step in turn with a dense copy, a few times: 1 minus the median of
-    the paired ratios of processor time (on CUDA of wall time). The run itself is not touched.
+    Their sum, the optimiser included: a copy whose branches all rest takes a step in turn with a dense
+    copy, a few times; 1 minus the median of the paired ratios of processor time (on CUDA of wall time). It
+    is shared out as `fallow.planning.costs` measures the sites' times. The run itself is not touched.
     """
-    resting = copy.deepcopy(model)
+    resting, dense = copy.deepcopy(model), build(config, dataset)
     handle = handle_of(resting)
     assert handle is not None
     handle.load_state_dict({**handle.state_dict(), "schedule": None})
     handle.set_rates(dict.fromkeys(handle.rates, _NEVER))
-    arms = [Arm("rest", resting, config, 0), Arm("dense", build(config, dataset), config, 0)]
+    arms = [Arm("rest", resting, config, 0), Arm("dense", dense, config, 0)]
     batch = batches.at(0)
     for step in range(_PAIRS + 1):
         for arm in arms if step % 2 else reversed(arms):
             arm.step(batch, 0.0, step, how="time" if step else "warm")
     clock = "wall" if config.device.startswith("cuda") else "cpu"
     found = ratio(arms[0].log[clock], arms[1].log[clock])
-    return None if found is None else min(max(1 - found["median"], 0.0), 1.0)
+    if found is None:
+        return None
+    whole = min(max(1 - found["median"], 0.0), 1.0)
+    include, exclude = config.include or None, config.exclude or None
+    parts = costs(
+        dense, [batch], kind="time", granularity=config.granularity, include=include, exclude=exclude
+    )
+    total = sum(parts.values())
+    return {name: whole * part / total for name, part in parts.items()} if total else None

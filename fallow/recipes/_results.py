@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
+from fallow import rates
 from fallow._version import __version__
 from fallow.recipes._arm import Arm
 from fallow.recipes._batches import Batches
@@ -54,25 +56,26 @@ def _hardware(config: Surroundings) -> str:
     return f"{platform.machine()} CPU with {capability}, {config.threads} threads"
 
 
-def budget(handle: Handle, config: Config, total: int, droppable_time: float | None) -> dict[str, Any]:
+def budget(handle: Handle, config: Config, total: int, times: Mapping[str, float] | None) -> dict[str, Any]:
     """Asked and ideal costs.
 
     ideal_flops is the expected share of a dense step's FLOPs over the whole run, the schedule counted in:
-    1 - f d, f the share that can rest and d the share of it that does. ideal_time is the same with the
-    measured share of time in place of f.
+    1 less what each site's share of them is times how often it rests. ideal_time is the same with the sites'
+    measured shares of time, `times`.
     """
     schedule = config.schedule_over_steps()
     strength = 1.0 if schedule is None else sum(schedule(step) for step in range(total)) / total
     droppable = sum(site.cost for site in handle.sites)
-    rested = strength * (1 - handle.expected_cost)
-    share = rested / droppable if droppable else 0.0
+    ideal_time = None
+    if times is not None:
+        ideal_time = 1 - strength * (1 - rates.expected_cost(handle.rates, times))
     return {
         "asked": config.budget,
         "expected_cost": handle.expected_cost,
         "droppable_flops": droppable,
-        "droppable_time": droppable_time,
-        "ideal_flops": 1 - rested,
-        "ideal_time": None if droppable_time is None else 1 - droppable_time * share,
+        "droppable_time": sum(times.values()) if times is not None else None,
+        "ideal_flops": 1 - strength * (1 - handle.expected_cost),
+        "ideal_time": ideal_time,
         "expected_depth": handle.expected_depth,
         "sites": len(handle.sites),
     }

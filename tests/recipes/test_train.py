@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from small_runs import SMALL, same, weights
 import fallow
 from fallow import data, models, schedules
 from fallow.errors import RunError
-from fallow.recipes import _arm, _job
-from fallow.recipes._arm import Arm
+from fallow.recipes import _arm, _job, _results
+from fallow.recipes._arm import Arm, droppable_time
+from fallow.recipes._job import prepared
 from fallow.recipes._run import STATE
 from fallow.recipes.train import Config, read_results, train
 
@@ -114,8 +116,28 @@ def test_the_results_hold_what_the_report_reads(small: Small):
     budget = found["budget"]
     assert budget["expected_cost"] == pytest.approx(0.7) == budget["ideal_flops"]
     assert budget["droppable_flops"] == pytest.approx(sum(costs.values()))
-    share = (1 - budget["expected_cost"]) / budget["droppable_flops"]
-    assert budget["ideal_time"] == pytest.approx(1 - budget["droppable_time"] * share)
+    most = max(1 - site["asked"] for site in found["sites"])
+    assert 1 - most * budget["droppable_time"] < budget["ideal_time"] < 1
+
+
+def test_the_ideal_time_counts_what_each_site_takes_and_how_often_it_rests():
+    model = models.CifarResNet(8, channels=1)
+    handle = fallow.apply(model, fallow.rates.linear(0.4), example=torch.randn(2, 1, 8, 8))
+    times = dict(zip(handle.rates, (0.5, 0.3, 0.1), strict=True))
+    for schedule, strength in (("constant", 1.0), ("warmup:10", 0.45)):
+        config = Config(schedule=schedule).settled()
+        found = _results.budget(handle, config, 10, times)
+        rested = 0.5 * 0.2 + 0.3 * 0.4 + 0.1 * 0.6
+        assert found["ideal_time"] == pytest.approx(1 - strength * rested)
+        assert found["droppable_time"] == pytest.approx(0.9)
+        assert _results.budget(handle, config, 10, None)["ideal_time"] is None
+    with prepared(Config.of(SMALL).settled(), "test") as job:
+        arm = job.arms[0]
+        before = copy.deepcopy(arm.model.state_dict())
+        shares = droppable_time(arm.model, job.config, job.batches.dataset, job.batches)
+        assert shares is not None and shares.keys() == job.handle.rates.keys()
+        assert all(share > 0 for share in shares.values()) and sum(shares.values()) < 1
+        assert all(torch.equal(value, before[name]) for name, value in arm.model.state_dict().items())
 
 
 def test_depths_are_those_of_the_draws(small: Small):
