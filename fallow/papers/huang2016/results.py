@@ -115,9 +115,8 @@ def times(found: Found) -> Gathered:
     columns += ["ideal by time", "memory ratio", "depth", "expected", "seeds", "paper: ratio"]
     note = (
         "medians over the steps, processor time (on a GPU wall clock); steps of the two take turns in one "
-        "process. Ideal: "
-        "1 - f d with f the share of what can rest, by FLOPs or by measured time, and d the share of it that "
-        "does. Memory: peaks of a step. The paper's ratio is of wall clock, data loading included"
+        "process. Ideal: 1 less each site's share, of FLOPs or of measured time, times how often it rests. "
+        "Memory: peaks of a step. The paper's ratio is of wall clock, data loading included"
     )
     return gathered([], [table("Time of a training step", columns, rows, note)], said)
 
