@@ -40,8 +40,9 @@ _BEYOND = (
     "schedule: batch 100, learning rate 1e-3, constant for half of the epochs, then linearly to 0; the "
     "divergence counts from 2.5 % of the training on, in full from 10 %; log α clipped to ±8, cut at 3.",
     "Gradual magnitude and LogSum to a target take the smallest weights along Zhu and Gupta's cubic ramp, "
-    "from 10 % of the training to 50 % (magnitude) or 70 % (LogSum), in the whole network together, and train "
-    "on after it without a penalty; each at the learning rate that suited it best, same batch and epochs.",
+    "from 10 % of the training to 50 % (magnitude) or 70 % (LogSum), in the whole network together, and "
+    "train on after it without a penalty; each at the learning rate that suited it best, same batch and "
+    "epochs.",
 )
 _TUNING = (
     "A fifth of the training images held out; settings that are not named are those of the recipe. The "

@@ -18,8 +18,8 @@ OURS, PEER, SPARSE = "logsum-target", "magnitude", "sparse-vd"
 BATCH = {SPARSE: 100}
 PUBLISHED_EPOCHS, PUBLISHED_DATA = 200, "mnist"
 
-# By validation error at a 100th of the weights, see the item tuning. The dual of variational dropout of 60,000
-# images would have a strength of 3.2e-5.
+# By validation error at a 100th of the weights, see the item tuning. The dual of variational dropout of
+# 60,000 images would have a strength of 3.2e-5.
 _OWN: Mapping[str, Mapping[str, Any]] = {
     OURS: {"eps": 0.05, "strength": 1e-5},
     PEER: {"ramp": [0.1, 0.5]},
