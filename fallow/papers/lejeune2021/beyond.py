@@ -19,6 +19,7 @@ ANCHORS: Mapping[str, tuple[float, float]] = {
     "Pruning (Han et al. 2015)": (1.59, 12.0),
 }
 FEWEST = 3  # seeds: of two, both differences may be the same by chance, as errors are counts
+_USUAL = {"ramp": [0.1, 0.7]}  # of `fallow.sparsify`
 
 
 def beyond(found: Found) -> Mapping[str, Any]:
@@ -56,7 +57,7 @@ def tuning(found: Found) -> Mapping[str, Any]:
         for error, cell in mine:
             rate, settings = cell.options["learning_rate"], dict(cell.options["settings"])
             settings.pop("target")
-            words = ", ".join(f"{key} {value}" for key, value in settings.items()) or "as they are"
+            words = ", ".join(f"{key} {value}" for key, value in (settings or _USUAL).items())
             lines.append([title, rate, words, error, "yes" if cell.tags["used"] else ""])
         place = [cell.tags["used"] for _, cell in mine].index(True) if _any_used(mine) else None
         if place is not None:
