@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_calls import Call, caller, refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fallow
 from fallow.errors import FallowError
@@ -293,6 +293,9 @@ def test_a_run_of_sparsify_is_planned_and_explained_on_its_own_weights(call: Cal
     weights = load_file("sparse/model.safetensors")
     assert all(torch.equal(p, weights[name]) for name, p in found.model.named_parameters())
     assert sum(int((w == 0).sum()) for w in weights.values()) > 100_000
+    save_file(fallow.models.resnet20(channels=3).state_dict(), "colour.safetensors")
+    assert call("sparsify", *asked, "--out", "colour", "--weights", "colour.safetensors")[0] == 0
+    assert probe("colour", Source(batches=1, batch_size=4)).batches[0][0].shape[1] == 3
     code, out, err = call("plan", "sparse", "--budget", 0.8, "--method", "linear", "--batches", 1)
     assert (code, err) == (0, "") and "group1.0" in out
     words = "sparse is no run of fallow train, so the rates must be said"

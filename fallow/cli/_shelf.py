@@ -61,6 +61,7 @@ def reproduce(
         given = {"--only": only, "--as-published": as_published}
         if paper is None:
             given |= {"--scale": scale, "--out": out, "--data-dir": data_dir, "--force": force}
+            given |= {"--jobs": jobs, "--note": note}
         for name, value in given.items():
             if value:
                 raise UsageError(f"{name} goes with a paper: fallow reproduce PAPER {name} ...")
@@ -91,6 +92,8 @@ def _one(console: Any, paper: Paper, out: Path | None, options: dict[str, Any]) 
 def _all(console: Any, out: Path | None, options: dict[str, Any]) -> None:
     """Reproduce every paper, each in its own folder, and make one page of them all."""
     scale, below = options["scale"], out or Path("runs")
+    if below.exists() and not below.is_dir():
+        raise UsageError(f"{below} is a file, not a folder: name another place with --out")
     homes = {name: below / shelf.home_of(name, scale).name for name in shelf.PAPERS}
     shelf.refuse_all(homes, scale, options["data_dir"], options["force"])
     failed: list[str] = []

@@ -171,7 +171,12 @@ def alone(home: Path) -> Iterator[None]:
     except ImportError:  # no such locks on this system
         yield
         return
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the folder {home} cannot be made ({error.strerror}): name another with --out"
+        ) from None
     with (home / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -159,7 +159,7 @@ def reproduce(
     home = home_of(chosen.name, scale) if out is None else Path(out)
     where = None if data_dir is None else str(data_dir)
     _refuse(chosen, scale, home, force)
-    _need_data(chosen, [cell for cell in cells if not is_done(cell, home)], where)
+    _need_data([cell for cell in cells if not is_done(cell, home)], where, _without_images(chosen))
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
     try:
         outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
@@ -184,13 +184,15 @@ def refuse_all(homes: Mapping[str, Path], scale: str, data_dir: str | None, forc
             cell with other options.
         DataError: an image set is not there.
     """
+    to_run: list[Cell] = []
     for name, home in homes.items():
         paper = paper_of(name)
         cells = paper.cells(paper.chosen((), scale), scale)
         _refuse(paper, scale, home, force)
         for cell in cells:
             _cells.refuse_other(cell, folder_of(cell, home))
-        _need_data(paper, [cell for cell in cells if not is_done(cell, home)], data_dir)
+        to_run += [cell for cell in cells if not is_done(cell, home)]
+    _need_data(to_run, data_dir)
 
 
 def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
@@ -215,7 +217,7 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
         )
 
 
-def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> None:
+def _need_data(cells: Sequence[Cell], data_dir: str | None, without: str = "") -> None:
     """Read every image set once before anything runs, so that a missing one costs no time."""
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
@@ -225,10 +227,13 @@ def _need_data(paper: Paper, cells: Sequence[Cell], data_dir: str | None) -> Non
             data.load(name, data_dir)
         except DataError as error:
             missing[name] = error
-    if not missing:
-        return
-    first, *others = missing
-    also = f" Missing too: {', '.join(others)}." if others else ""
+    if missing:
+        first, *others = missing
+        also = f" Missing too: {', '.join(others)}." if others else ""
+        raise DataError(f"{missing[first]}{also}{without}")
+
+
+def _without_images(paper: Paper) -> str:
+    """What can be run of a paper without any image set, in words."""
     able = [item.name for item in paper.items if not any(c.data for cs in item.cells.values() for c in cs)]
-    without = f" Without images run: --only {', --only '.join(able)}." if able else ""
-    raise DataError(f"{missing[first]}{also}{without}")
+    return f" Without images run: --only {', --only '.join(able)}." if able else ""

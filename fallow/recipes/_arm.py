@@ -252,8 +252,10 @@ def droppable_time(
         return None
     whole = min(max(1 - found["median"], 0.0), 1.0)
     include, exclude = config.include or None, config.exclude or None
-    parts = costs(
-        dense, [batch], kind="time", granularity=config.granularity, include=include, exclude=exclude
-    )
+    piece = [tuple(part.chunk(config.accumulate)[0] for part in batch)]  # what a step holds at once
+    with _autocast(config):
+        parts = costs(
+            dense, piece, kind="time", granularity=config.granularity, include=include, exclude=exclude
+        )
     total = sum(parts.values())
     return {name: whole * part / total for name, part in parts.items()} if total else None

@@ -29,7 +29,7 @@ class NotFinite(RunError):
 def noted(
     folder: RunFolder, write: Callable[..., None], step: Callable[[], int], *, less: str
 ) -> Iterator[None]:
-    """Inside, whatever ends the run is put in words and noted in its results.
+    """Inside, a request to stop, an error of ours or a want of memory is put in words and noted.
 
     Args:
         folder: of the run.
@@ -51,11 +51,18 @@ def noted(
     except Interrupted as stop:
         note("interrupted", message=str(stop))
         raise
-    except (FallowError, torch.OutOfMemoryError, MemoryError) as error:
+    except (FallowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, FallowError) and not _of_memory(error):
+            raise
         failure = _failure(error, folder, step(), less)
         record = {"failure": error.record} if isinstance(error, NotFinite) and error.record else {}
         note("failed", message=str(failure), **record)
         raise failure from error
+
+
+def _of_memory(error: RuntimeError) -> bool:
+    """Whether there was too little of it; on a CPU torch has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _failure(error: BaseException, folder: RunFolder, step: int, less: str) -> RunError:

@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,12 +85,12 @@ def prepare(config: Config, command: str) -> Job:
     return Job(config, batches, handle, arms, 0, total, results, {})
 
 
-def images(config: Config | SparseConfig) -> data.Dataset:
-    """The data set of a run, with as many channels as its model takes."""
+def images(config: Config | SparseConfig, weights: str | Path | None = None) -> data.Dataset:
+    """The data set of a run, with as many channels as its model, or a file of its weights, takes."""
     dataset = data.load(
         config.data, config.data_dir, train_size=config.train_size, seed=config.seed, size=config.image_size
     )
-    return dataset.with_channels(channels_taken(config.model, dataset.channels))
+    return dataset.with_channels(channels_taken(config.model, dataset.channels, weights))
 
 
 def _refuse_infeasible(handle: Handle, config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fallow.integrations.loading import (
 from fallow.recipes._batches import generator, seed_of
 from fallow.recipes._config import Config, device_of
 from fallow.recipes._job import images
+from fallow.recipes._run import WEIGHTS
 from fallow.recipes._sparse_config import SparseConfig
 
 TOKENS = "tokens"
@@ -100,7 +102,10 @@ def probe(name: str, source: Source) -> Probe:
     if source.data == TOKENS:
         raise UsageError(f"--data tokens is for language models such as hf:gpt2, and {name} takes images")
     config = None if run is None else _of_run(name, run, source)
-    chosen = _dataset(source, name) if config is None else images(config)
+    weights = source.weights
+    if weights is None and isinstance(config, SparseConfig) and (Path(name) / WEIGHTS).is_file():
+        weights = str(Path(name) / WEIGHTS)  # it may have begun from those of colour images
+    chosen = _dataset(source, name) if config is None else images(config, weights)
     model = load_model(
         name,
         classes=chosen.classes,

@@ -67,8 +67,7 @@ def train(
     folder.refuse_used()
     with prepared(config, command) as job:
         folder.create(config.as_dict())
-        measure(job)
-        _run(job, folder, show or Silent())
+        _run(job, folder, show or Silent(), fresh=True)
     return folder.path
 
 
@@ -101,16 +100,15 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
     with prepared(config, "fallow train") as job:
         if state is None:
             show.say(f"{folder.path} has no checkpoint yet: starting over")
-            measure(job)
         else:
             show.say(f"going on from step {state['step']} of {job.total}")
             restore(job, state)
-        _run(job, folder, show)
+        _run(job, folder, show, fresh=state is None)
     return folder.path
 
 
-def _run(job: Job, folder: RunFolder, show: Show) -> None:
-    """The loop, and the note of how it ended; every way out leaves whole files."""
+def _run(job: Job, folder: RunFolder, show: Show, *, fresh: bool) -> None:
+    """The loop, before a fresh one what is measured once, and the note of how it ended: files stay whole."""
     write_results(job, folder, "running")
     show.begin(job.step, job.total)
 
@@ -120,6 +118,8 @@ def _run(job: Job, folder: RunFolder, show: Show) -> None:
     less = "a smaller --batch-size, or --accumulate to take each batch in pieces"
     try:
         with noted(folder, note, lambda: job.step, less=less):
+            if fresh:
+                measure(job)
             _loop(job, folder, show)
             _finish(job, folder)
         if job.config.rates == "sensemode" and not job.results["plans"]:

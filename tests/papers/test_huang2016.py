@@ -149,7 +149,7 @@ def test_numbers_that_are_called_the_papers_stand_in_it():
     times = [one for one in ITEMS["table2"].known if one.label == "paper"]
     assert len(times) == 3
     for one in times:
-        percent, hours = less[one.name.rpartition(", ")[2]]
+        percent, hours = less[one.name.split(", ")[-2]]
         assert one.value is not None and one.source.endswith(f": {hours}")
         assert math.isclose(100 * (1 - one.value), percent, abs_tol=0.06)
     deep = [(one.label, one.value) for one in ITEMS["deep"].known]
