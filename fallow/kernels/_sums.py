@@ -58,4 +58,6 @@ def gradients_of(plain: Callable[..., Tensor], tensors: Sequence[Tensor], grad: 
     """Through autograd, to be differentiated again where that is on."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        return torch.autograd.grad(plain(*tensors), tensors, grad, create_graph=again, materialize_grads=True)
+        # of each place by itself: tensors may be the same, or depend on each other
+        places = [t.view_as(t) for t in tensors]
+        return torch.autograd.grad(plain(*places), places, grad, create_graph=again, materialize_grads=True)

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fallow.kernels._build import State, library
 
@@ -63,6 +64,11 @@ def takes(w: Tensor, *, worth: bool = False) -> bool:
         return False
     if _transforms() or _modes() or State.paused or torch._C._get_tracing_state() is not None:
         return False
-    if not State.asked and not worth and w.numel() < WORTH:
+    if has_tangent(w) or (not State.asked and not worth and w.numel() < WORTH):
         return False
     return library() is not None
+
+
+def has_tangent(w: Tensor) -> bool:
+    """Whether it is differentiated forward, which nodes of the graph that have only a backward refuse."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(w).tangent is not None

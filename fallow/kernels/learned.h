@@ -3,6 +3,10 @@
 //
 // Formulas are those of fallow/noise/_learned.py and of Eta in fallow/sparsity/methods.py. Sums are in float
 // over blocks, in double over those; logarithms of products, exponents apart, as in weights.h.
+//
+// At the ends of the range, noise: e^log is held in [e^-87, e^88] while its gradient goes on, infinite w^2 gives
+// NaN where torch has inf, and NaN `log` a NaN gradient where torch has 0. The sums are then not finite, and
+// torch's operations are asked instead; that of the eta-trick for any |logit| above 87.
 
 #include <cmath>
 #include <cstdint>
@@ -12,6 +16,7 @@ namespace {
 
 constexpr float offset = 1e-8f;  // beside w^2, as in fallow/noise/_learned.py
 constexpr int64_t block = 2048;
+constexpr float too_far = 3.4028235e38f / 87;  // times what is beyond 87: infinite
 
 // e^x within two ulp, after Cephes; NaN stays.
 inline float exponential(float x) {
@@ -202,7 +207,7 @@ double eta_trick(const float* __restrict w, const float* __restrict logit, float
         float excess = share * 0.5f * inverse_eps, term = 1 + excess;
         sum.multiply(j, term);
         float lost = (excess - (term - 1)) * (2 * eps * inverse);
-        sum.added[j] += square - share * inverse + 2 * lost + (logit[i] * 0 + value * 0);
+        sum.added[j] += square - share * inverse + 2 * lost + (logit[i] * too_far * 0 + value * 0);
     });
     return 0.5 * strength * (sum.total + 2 * sum.logarithms());
 }

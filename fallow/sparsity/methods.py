@@ -153,7 +153,9 @@ class Eta(Method):
         )
 
     def penalty(self, strength: float) -> Tensor | float:
-        """``strength / 2 sum_g m (n^2 / eta + f(eta))``."""
+        """``strength / 2 sum_g m (n^2 / eta + f(eta))``; 0 at strength 0, where eta is 0."""
+        if strength == 0:  # the least over the logits; differentiable, as it is otherwise
+            return sum((logit.flatten()[:0].sum() for logit in self.logits), 0.0)
         if all(weight.axis is None for weight in self.weights):
             found = zip(self.weights, self.logits, strict=True)
             pairs = [(weight.parameter, logit) for weight, logit in found]

@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fallow.kernels import WORTH, eta_trick, logsum_total, sum_of, takes
+from fallow.kernels import (
+    WORTH,
+    eta_trick,
+    gradients_of,
+    has_tangent,
+    logsum_total,
+    readable,
+    sum_of,
+    takes,
+)
 from fallow.penalties import LogSum
 
 _CHUNK, _FACTORS = 2**16, 8
+_DTYPES = (torch.float32, torch.float64)
 
 
 def logsum_and_gradient(w: Tensor, eps: float, factor: float) -> tuple[float, Tensor]:
@@ -77,11 +87,12 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            with torch.enable_grad():
-                total = torch.stack([ctx.strategy.total(w) for w in weights]).sum()
-            parts = torch.autograd.grad(total, weights, create_graph=True)
-            return None, None, *(grad * ctx.factor * part for part in parts)
+        if torch.is_grad_enabled() or not readable(grad):  # to be differentiated again, or many at once
+
+            def plain(*weights: Tensor) -> Tensor:
+                return torch.stack([ctx.strategy.total(w) for w in weights]).sum() * ctx.factor
+
+            return None, None, *gradients_of(plain, weights, grad)
         if ctx.gradients is None:
             ctx.gradients = [logsum_and_gradient(w, ctx.strategy.eps, ctx.factor)[1] for w in weights]
         gradients, ctx.gradients = ctx.gradients, None  # free to be added to
@@ -136,4 +147,4 @@ def eta_sum(strategy: Any, strength: float, w: Tensor, logit: Tensor) -> Tensor:
 
 
 def _plain(w: Tensor) -> bool:
-    return w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64) and w.requires_grad
+    return w.device.type == "cpu" and w.dtype in _DTYPES and w.requires_grad and not has_tangent(w)

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fallow import kernels
 from fallow.noise import variational_
-from fallow.noise._learned import Learned
+from fallow.noise._learned import Learned, molchanov_kl
 from fallow.penalties import LogSum
 from fallow.sparsity import sparsify
-from fallow.sparsity.totals import eta_sum, eta_total
+from fallow.sparsity.totals import eta_sum, eta_total, eta_total_of
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.available().reason)
 
 COUNTS = [1, 31, 33, 2**11 + 5, 10007]
 Made = Callable[..., Any]
+# torch's first dual number scripts its decompositions
+FORWARD = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 
 
 def numbers(count: int, additive: bool, clip: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,3 +230,113 @@ def test_small_models_frozen_weights_and_transforms_go_through_torch() -> None:
     assert total is not None
     (rows,) = torch.autograd.grad(total, log, torch.ones(2), is_grads_batched=True)
     torch.testing.assert_close(rows[0], rows[1])
+
+
+# --- what is hard for a node of the graph -------------------------------------------------------------------
+
+
+def repeated(additive: bool) -> list[tuple[Made, Made]]:
+    """As `forms`, the sums of pairs that come twice, also the other way round."""
+    law, right = Learned(additive, 8.0, worth=True), LogSum(0.5)
+
+    def pairs(log: Tensor, w: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(log, w), (log, w), (w, log)]
+
+    return [
+        *forms(additive)[:2],
+        (
+            lambda log, w: law.fit(pairs(log, w)),
+            lambda log, w: law._plain_fit(*(t for pair in pairs(log, w) for t in pair[: 1 + additive])),
+        ),
+        (
+            lambda log, w: eta_total(right, 0.1, pairs(log, w)),
+            lambda log, w: sum(0.05 * eta_sum(right, 0.1, *pair) for pair in pairs(log, w)),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("place", [None, 5])
+def test_inputs_that_are_the_same_or_depend_on_each_other_count_once(
+    additive: bool, place: int | None
+) -> None:
+    x = torch.randn(12, generator=torch.Generator().manual_seed(3))
+    if place is not None:
+        x[place] = math.nan  # the sums ask torch
+    for both in repeated(additive):
+        for other in (lambda x: x, lambda x: 0.5 * x, lambda x: x.sin()):
+            results = []
+            for made in both:
+                leaf = x.clone().requires_grad_()
+                value = made(leaf, other(leaf)).sum() * 1.5
+                (once,) = torch.autograd.grad(value, leaf, retain_graph=True)
+                (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+                second = torch.autograd.grad(first.square().sum(), leaf)
+                results.append([g.detach()[x.isfinite()] for g in (once, first, *second)])
+            for a, b in zip(*results, strict=True):
+                # torch's own second derivatives by small w cancel
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-4 * float(b.abs().max()))
+
+
+def test_tied_layers_have_one_gradient() -> None:
+    model = nn.Sequential(nn.Linear(130, 130), nn.Linear(130, 130))
+    model[1].weight = model[0].weight
+    noise, (w, *_) = variational_(model), model.parameters()
+    assert "_Sum" in type(noise.kl("fit").grad_fn).__name__
+    found = [torch.autograd.grad(noise.kl("fit"), w, create_graph=again)[0] for again in (False, True)]
+    with kernels.plain():
+        (expected,) = torch.autograd.grad(noise.kl("fit"), w)
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@FORWARD
+@pytest.mark.parametrize("additive", [True, False])
+def test_forward_mode_gives_the_tangent_of_torch(additive: bool) -> None:
+    law, right, e = Learned(additive, 8.0, worth=True), LogSum(0.5), torch.randn(12)
+    x, tangent, w = torch.randn(12), torch.randn(12), torch.randn(12).requires_grad_()
+
+    def fit(log: Tensor, w: Tensor) -> Tensor:
+        found = law.fit([(log, w)])
+        return molchanov_kl(law.log_alpha(log, w)).sum() if found is None else found
+
+    def eta(log: Tensor, w: Tensor) -> Tensor:
+        found = eta_total_of(right, 0.1, [(w.expand(2**11, 12).contiguous(), log)])
+        return eta_sum(right, 0.1, w, log) if found is None else found
+
+    for made in (law.variance, lambda log, w: law.draw(log, w, e), fit, eta):
+        for swapped in (False, True):
+            with forward_ad.dual_level():
+                found = []
+                for paused in (contextlib.nullcontext(), kernels.plain()):
+                    dual = forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+                    with paused:
+                        out = made(*((w, dual) if swapped else (dual, w)))
+                    found.append(forward_ad.unpack_dual(out).tangent)
+                if additive or made is not fit or not swapped:  # which has no weights in it
+                    assert found[0] is not None
+                    torch.testing.assert_close(*found)
+                # what carries none is done as ever
+                assert "_Disturbed" in type(law.variance(w, w).grad_fn).__name__
+
+
+@FORWARD
+def test_the_draws_numbers_may_carry_a_tangent() -> None:
+    law, log, w = Learned(True, 8.0, worth=True), *(torch.randn(12).requires_grad_() for _ in range(2))
+    with forward_ad.dual_level():
+        out = law.draw(log, w, forward_ad.make_dual(torch.randn(12), torch.ones(12)))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, law.variance(log, w).sqrt())
+
+
+@pytest.mark.parametrize("logit", [-87.5, 87.5, 200.0])
+def test_beyond_what_exp_takes_the_eta_trick_is_torchs(logit: float) -> None:
+    law = LogSum(0.5)
+    for value in (0.0, 1e-19):
+        results = []
+        for fast in (True, False):
+            w = torch.full((40,), value, requires_grad=True)
+            logits = torch.zeros(40).index_fill_(0, torch.tensor(3), logit).requires_grad_()
+            total = eta_total(law, 1e-3, [(w, logits)]) if fast else 5e-4 * eta_sum(law, 1e-3, w, logits)
+            results.append([total, *torch.autograd.grad(total, (w, logits))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)

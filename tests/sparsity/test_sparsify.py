@@ -176,6 +176,23 @@ def test_eta_learns_the_strategy_and_its_least_value_is_the_penalty(groups: str)
     )
 
 
+@pytest.mark.parametrize("groups", ["weights", "outputs"])
+@pytest.mark.parametrize("strategy", ["logsum", "mcp"])
+def test_a_schedule_of_eta_can_begin_at_0(groups: str, strategy: str) -> None:
+    model = nn.Linear(130, 130)
+    options: dict[str, Any] = {"strategy": strategy, "strength": 0.1, "groups": groups}
+    run = sparsify(model, method="eta", schedule=lambda step: min(step, 1), **options)
+    (logit,) = run.parameters()
+    before, penalty = logit.detach().clone(), run.penalty()
+    assert isinstance(penalty, torch.Tensor) and value_of(run) == 0
+    penalty.backward()
+    assert logit.grad is not None and not bool(logit.grad.any()) and model.weight.grad is None
+    assert bool((run.survival_rates()["weight"] == 1).all())
+    torch.optim.Adam(run.parameters()).step()
+    run.update()
+    assert torch.equal(logit, before) and 0 < value_of(run) < math.inf
+
+
 # --- targets -----------------------------------------------------------------------------------------------
 
 METHODS = ["gradient", "tikhonov", "prox", "adaprox", "eta"]

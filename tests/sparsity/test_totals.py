@@ -1,14 +1,19 @@
 """The sum of LogSum and its gradient in few passes, against the penalty entry by entry."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fallow import sparsity
 from fallow.penalties import LogSum
 from fallow.sparsity.totals import logsum_and_gradient, total_of
+
+# torch's first dual number scripts its decompositions
+FORWARD = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 4097, 2**16, 2**17 + 3])
@@ -51,8 +56,42 @@ def test_it_scales_with_what_comes_from_above_accumulates_and_can_be_asked_again
 
 
 def test_it_is_differentiable_again() -> None:
-    w = nn.Parameter(torch.randn(6).double())
-    assert torch.autograd.gradgradcheck(lambda w: total_of(LogSum(0.5), 0.3, [w]), w)
+    def total(w: Tensor) -> Tensor:
+        found = total_of(LogSum(0.5), 0.3, [w])
+        assert found is not None
+        return found
+
+    assert torch.autograd.gradgradcheck(total, nn.Parameter(torch.randn(6).double()))
+
+
+@pytest.mark.parametrize("other", [lambda w: w, lambda w: 2 * w, torch.sin])
+def test_weights_that_are_the_same_or_depend_on_each_other_count_once(
+    other: Callable[[Tensor], Tensor],
+) -> None:
+    w, law = nn.Parameter(torch.randn(6).double()), LogSum(0.5)
+    short = total_of(law, 0.3, [w, other(w)])
+    assert short is not None and "_Total" in type(short.grad_fn).__name__
+    results = []
+    for total in (short, 0.3 * (law.total(w) + law.total(other(w)))):
+        (once,) = torch.autograd.grad(total, w, retain_graph=True)
+        (first,) = torch.autograd.grad(total, w, create_graph=True)
+        results.append([once, first, *torch.autograd.grad(first.sin().sum(), w)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@FORWARD
+def test_forward_mode_and_many_gradients_at_once() -> None:
+    w, tangent, law = torch.randn(6, requires_grad=True), torch.randn(6), LogSum(0.5)
+    layer = nn.Linear(2, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(w, tangent)
+        assert total_of(law, 0.3, [dual]) is None
+        assert total_of(law, 0.3, [layer.weight]) is not None
+    total = total_of(law, 0.3, [w])
+    assert total is not None
+    (rows,) = torch.autograd.grad(total, w, torch.tensor([1.0, 3.0]), is_grads_batched=True)
+    torch.testing.assert_close(rows, torch.tensor([[0.3], [0.9]]) * law.gradient(w.detach()))
 
 
 def test_where_there_is_no_short_way_the_penalty_is_the_same() -> None:
