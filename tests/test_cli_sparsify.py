@@ -102,6 +102,20 @@ def test_a_layer_that_would_be_empty_and_what_stays_are_said():
     assert failed == ["the network could not be made smaller, its zeros are in the files: why"]
 
 
+def test_a_target_that_was_missed_is_said_and_so_is_what_stayed_whole():
+    found = {
+        "rescued": ["first", "second"],
+        "stayed": {"first": "would be empty: it has 16 groups and stayed whole"},
+        "shortfall": {"asked": 0.8, "reached": 0.661, "reason": "16 outputs of each layer stay"},
+        "small": {"left": []},
+    }
+    assert _sparsify.remarks(found) == [
+        "first would be empty: it has 16 groups and stayed whole",
+        "second would be empty: the largest of its groups stayed",
+        "the target was not met: 66.10% zeros instead of 80.00%: 16 outputs of each layer stay",
+    ]
+
+
 def test_the_table_of_a_run_that_was_not_made_smaller_has_what_there_is():
     found = {
         "test": {"test_error": 0.1, "test_images": 100},

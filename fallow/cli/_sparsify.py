@@ -11,6 +11,8 @@ from fallow.recipes import show
 from fallow.recipes import sparsify as recipe
 from fallow.recipes.train import read_results
 from fallow.report import write_report
+from fallow.report._sparse import rescued
+from fallow.sparsity.control import Shortfall
 
 _FEW = 5  # remarks of one kind
 
@@ -85,7 +87,9 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What the table does not say: what was kept, what stays, why nothing could be made smaller."""
     small = results["small"]
     found = [f"the outputs of {name} are the classes: all of them stay" for name in results.get("spared", ())]
-    found += [f"{name} would be empty: the largest of its groups stayed" for name in results["rescued"]]
+    found += rescued(results)
+    if results.get("shortfall"):  # folders of older versions have none
+        found.append(f"the target was not met: {Shortfall(**results['shortfall'])}")
     if "failed" in small:
         return [
             *found,

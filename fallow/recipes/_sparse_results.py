@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -31,7 +32,7 @@ _DECADES = 4  # of magnitudes below the largest over which the curves are drawn 
 
 def weights(run: Sparsifier) -> dict[str, Any]:
     """The weights by layer: shape, how many are not zero, and the law of their logarithms."""
-    layers, masks = [], run.masks()
+    layers, masks, short = [], run.masks(), run.shortfall()
     for weight in run.weights:
         mask = masks[weight.name]
         layers.append(
@@ -52,6 +53,8 @@ def weights(run: Sparsifier) -> dict[str, Any]:
         "summary": summary,
         "histogram": histogram([w.parameter for w in run.weights]),
         "rescued": list(run.rescued),
+        "stayed": run.stayed(),
+        "shortfall": None if short is None else dataclasses.asdict(short),
     }
 
 

@@ -19,6 +19,7 @@ _SMALL = (
     "Before: the trained network with its zeros in place. After: the network without the neurons, filters "
     "and heads that are all zeros; single zeros in what stays save no operation of a dense network."
 )
+_STAYED = "would be empty: the largest of its groups stayed"
 
 
 def share_of(found: Any) -> float | None:
@@ -165,6 +166,15 @@ def left(results: dict[str, Any]) -> Table:
     return Table("What is dead and stays all the same", ("layer", "units", "reason"), rows)
 
 
+def rescued(results: dict[str, Any]) -> list[str]:
+    """The layers that the target would have emptied, and what stayed of each."""
+    names, found = results.get("rescued"), []
+    for name in names if isinstance(names, list) else ():
+        words = get(results, "stayed", name)  # results of older versions have none
+        found.append(f"{name} {words if isinstance(words, str) else _STAYED}")
+    return found
+
+
 def notes(results: dict[str, Any]) -> tuple[str, ...]:
     """What a reader must mind."""
     found = []
@@ -174,9 +184,14 @@ def notes(results: dict[str, Any]) -> tuple[str, ...]:
     spared = results.get("spared")
     for name in spared if isinstance(spared, list) else ():
         found.append(f"The outputs of {name} are the classes, so all of them stay.")
-    rescued = results.get("rescued")
-    for name in rescued if isinstance(rescued, list) else ():
-        found.append(f"{name} would be empty, and pass nothing on: the largest of its groups stayed.")
+    short = get(results, "shortfall")
+    asked, reached = (number(get(short, key)) for key in ("asked", "reached"))
+    if asked is not None and reached is not None:
+        found.append(
+            f"The target was not met: {_words.percent(reached)} zeros instead of {_words.percent(asked)}, "
+            f"because {get(short, 'reason')}."
+        )
+    found += [f"{said}." for said in rescued(results)]
     gap, largest = (number(get(results, "small", key)) for key in ("largest_difference", "largest_output"))
     if gap is not None and largest is not None:
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ def masks_for(
 ) -> tuple[list[Tensor], list[str]]:
     """True = kept: all but the smallest groups, together at most that share of the entries.
 
+    A layer that is empty passes nothing on, so the best group of each weight, or its best pack, is kept
+    whatever it scores. Others go in its place, and the share is met to one group, or one pack, as long as
+    there are others: see `shortfall_of`.
+
     Args:
         weights: what is made sparse.
         scores: of the groups, the larger the later they go; negative infinity: gone already.
@@ -106,29 +111,56 @@ def masks_for(
         multiple: groups of a weight go in packs of so many, ranked by their mean scores.
 
     Returns:
-        A mask of the groups for each weight, and the names of those of which one group was kept, or one pack,
-        though it belongs to the smallest: a layer that is empty passes nothing on.
+        A mask of the groups for each weight, and the names of those of which only the best is left though
+        it is smaller than what went.
     """
     units, packs = [s.detach().flatten().float().cpu() for s in scores], None
     counts = [torch.ones(len(unit), dtype=torch.int64) for unit in units]
     if multiple > 1:
-        packs = [pack_of(unit, multiple) for unit in units]
+        packs = [_pack_upwards(unit, multiple) for unit in units]
         counts = [pack.bincount() for pack in packs]
-        found = zip(units, packs, counts, strict=True)
-        units = [torch.zeros(len(n)).index_add(0, p, s) / n for s, p, n in found]
+        units = [_means(*found) for found in zip(units, packs, counts, strict=True)]
     flat = torch.cat(units)
     sizes = torch.cat([count * w.members for w, count in zip(weights, counts, strict=True)])
-    budget = math.floor(share * int(sizes.sum()) + 0.5)
-    gone = _smallest(flat, sizes, budget)
-    gone &= flat < math.inf
+    starts = [0, *itertools.accumulate(len(unit) for unit in units)]
+    best = torch.tensor(
+        [
+            start + (int(unit.argmax()) if packs is None else len(unit) - 1)
+            for start, unit in zip(starts, units, strict=False)
+        ]
+    )
+    gone, low = _taken(flat, sizes, best, math.floor(share * int(sizes.sum()) + 0.5))
     masks, rescued = [], []
     for i, mask in enumerate((~gone).split([len(unit) for unit in units])):
-        if not bool(mask.any()):
-            mask[int(units[i].argmax())] = True
+        if bool(low[i]) and int(mask.sum()) == 1:
             rescued.append(weights[i].name)
         mask = mask if packs is None else mask[packs[i]]
         masks.append(mask.view(scores[i].shape).to(scores[i].device))
     return masks, rescued
+
+
+def _taken(flat: Tensor, sizes: Tensor, best: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """True for what goes, the best excepted; and for those of the best that the budget would have taken."""
+    ranked = flat.index_fill(0, best, math.inf)
+    finite = ranked < math.inf
+    gone = _smallest(ranked, sizes, budget) & finite
+    low = flat[best] < flat.masked_fill(~gone, -math.inf).max()
+    if torch.equal(gone, finite):  # nothing else may go: what is left of the budget would be theirs
+        short = min(budget - int((sizes * gone).sum()), int(sizes[best].sum()))
+        low |= _smallest(flat[best], sizes[best], short) & (flat[best] < math.inf)
+    return gone, low
+
+
+def _pack_upwards(scores: Tensor, multiple: int) -> Tensor:
+    """`pack_of`, numbered from the smallest: of packs that are equal the first, the odd one, goes first."""
+    pack = pack_of(scores, multiple)
+    return pack.max() - pack
+
+
+def _means(scores: Tensor, pack: Tensor, counts: Tensor) -> Tensor:
+    """The mean score of each pack; rounding does not put a pack of smaller scores above one of larger."""
+    means = torch.zeros(len(counts)).index_add(0, pack, scores) / counts
+    return means.cummax(0).values
 
 
 def pack_of(scores: Tensor, multiple: int) -> Tensor:
@@ -165,6 +197,68 @@ def best_of_blocks(weight: Weight, score: Tensor) -> Tensor:
     parts = score.movedim(1, -1).unflatten(-1, (-1, weight.size))
     best = parts.topk(weight.keep, -1).indices
     return parts.scatter(-1, best, math.inf).flatten(-2).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A target that cannot be met: nothing is left that may go; made by `shortfall_of`.
+
+    Attributes:
+        asked: share of the weights that was to be zero.
+        reached: share that is.
+        reason: what stays, and why.
+    """
+
+    asked: float
+    reached: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reached:.2%} zeros instead of {self.asked:.2%}: {self.reason}"
+
+
+def shortfall_of(
+    weights: Sequence[Weight], masks: Sequence[Tensor], asked: float, multiple: int = 1
+) -> Shortfall | None:
+    """How far a share is missed where each weight has only its best group left, or its best pack.
+
+    None where the share is met as nearly as can be: no group, or pack, fits in what is missing.
+    """
+    least = [_least(weight, multiple) for weight in weights]
+    left = [int(mask.sum()) for mask in masks]
+    if any(n > few for n, few in zip(left, least, strict=True)):
+        return None
+    total = sum(weight.parameter.numel() for weight in weights)
+    kept = sum(n * weight.members for n, weight in zip(left, weights, strict=True))
+    fits = min(1 if w.keep else few * w.members for few, w in zip(least, weights, strict=True))
+    if math.floor(asked * total + 0.5) - (total - kept) < fits:
+        return None
+    return Shortfall(asked, 1 - kept / total, f"{_stays(weights[0], multiple)}, and all else is gone")
+
+
+def _stays(weight: Weight, multiple: int) -> str:
+    if weight.keep:
+        return f"{weight.keep} of each {weight.size} neighbours stay"
+    if multiple == 1:
+        return f"one {weight.groups.removesuffix('s')} of each layer stays"
+    return f"{multiple} {weight.groups} of each layer stay, or all where there are no more"
+
+
+def _least(weight: Weight, multiple: int) -> int:
+    """Groups that stay of a weight, whatever is asked."""
+    return weight.count // weight.size * weight.keep if weight.keep else min(multiple, weight.count)
+
+
+def rescue_words(count: int, multiple: int) -> str:
+    """What stayed of a weight of so many groups that the target would have taken whole."""
+    if multiple == 1:
+        return "would be empty: the largest of its groups stayed"
+    if count > multiple:
+        return f"would be empty: the {multiple} largest of its groups stayed"
+    groups = "group" if count == 1 else "groups"
+    return (
+        f"would be empty: it has {count} {groups}, no more than the multiple of {multiple}, and stayed whole"
+    )
 
 
 def share_of_blocks(weight: Weight) -> float:

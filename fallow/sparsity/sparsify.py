@@ -15,7 +15,16 @@ from fallow.penalties import Ridge
 from fallow.penalties.registry import penalty
 from fallow.schedules import Schedule
 from fallow.sparsity.base import Method, Strategy
-from fallow.sparsity.control import Target, best_of_blocks, masks_for, share_of_blocks, target_of
+from fallow.sparsity.control import (
+    Shortfall,
+    Target,
+    best_of_blocks,
+    masks_for,
+    rescue_words,
+    share_of_blocks,
+    shortfall_of,
+    target_of,
+)
 from fallow.sparsity.curvature import Curvature
 from fallow.sparsity.methods import METHODS, Calibrated
 from fallow.sparsity.noise import Noise
@@ -85,7 +94,9 @@ def sparsify(
         ramp: the parts of the steps at which the ramp begins and ends; what is left trains on after it.
         every: steps between two looks of the controller; None: a two-hundredth of the training.
         multiple: with a target, "outputs" and "inputs" go by so many at a time, so that what is left of a
-            layer is a multiple of it, as fast kernels want; the share is met to that many groups.
+            layer is a multiple of it, as fast kernels want. Every layer keeps its best so many, or all where
+            it has no more; the share is met to one such pack as long as others may go, and where none is
+            left `Sparsifier.shortfall` says what was reached.
         optimiser: of the loop; "prox" and "adaprox" take their step size from it.
         samples: number of training samples, for "calibrated" and "variational".
         loss: of "calibrated": "cross_entropy" of the model's output, or "squared" (half the sum of squares).
@@ -183,7 +194,8 @@ class Sparsifier:
         strength: lambda, before the schedule and the controller.
         target: how the share is reached; None where survival rates decide.
         time: optimiser steps so far.
-        rescued: weights of which one group was kept that the target would have taken.
+        rescued: weights of which the best group was kept that the target would have taken; with a multiple
+            the best so many, which is the whole weight where it has no more.
     """
 
     def __init__(
@@ -260,7 +272,9 @@ class Sparsifier:
         wanted = target.wanted(self.time)
         ramp = target.control == "ramp" and not self._method.ramps
         if ramp or self.time == target.last:
-            self._masks, self.rescued = masks_for(self.weights, self._scores(), wanted, target.multiple)
+            self._masks, rescued = masks_for(self.weights, self._scores(), wanted, target.multiple)
+            # what was rescued stays so: a later look may find nothing to take that would show it
+            self.rescued = [name for name in self._names() if name in rescued or name in self.rescued]
             if self.time == target.last:
                 self._method.settle()
         elif target.control == "strength":
@@ -318,6 +332,18 @@ class Sparsifier:
         found = zip(self.weights, self.masks().values(), strict=True)
         kept = sum(int(mask.sum()) * weight.members for weight, mask in found)
         return 1 - kept / sum(w.parameter.numel() for w in self.weights)
+
+    def stayed(self) -> dict[str, str]:
+        """In words, what was kept of each weight in `rescued`."""
+        multiple = 1 if self.target is None else self.target.multiple
+        counts = {weight.name: weight.count for weight in self.weights}
+        return {name: rescue_words(counts[name], multiple) for name in self.rescued}
+
+    def shortfall(self) -> Shortfall | None:
+        """How the target was missed; None where it is not due, or is met to one group, or one pack."""
+        if self.target is None or self.time < self.target.last:
+            return None
+        return shortfall_of(self.weights, [*self.masks().values()], self.target.share, self.target.multiple)
 
     def harden(self) -> None:
         """Set what is cut to zero in the model itself, at the end of the training.
@@ -398,6 +424,8 @@ class Sparsifier:
         for weight, mask in zip(self.weights, self.masks().values(), strict=True):
             kind = "" if weight.groups == "weights" else f" {weight.groups}"
             lines.append(f"  {weight.name}: {int(mask.sum())} of {weight.count}{kind}")
-        for name in self.rescued:
-            lines.append(f"  {name} would be empty: the largest of its groups stayed")
+        lines += [f"  {name} {words}" for name, words in self.stayed().items()]
+        short = self.shortfall()
+        if short is not None:
+            lines.append(f"  the target was not met: {short}")
         return "\n".join(lines)

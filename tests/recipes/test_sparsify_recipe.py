@@ -201,6 +201,16 @@ def test_the_sparse_file_holds_the_same_weights_in_rows(sparse: Sparse, recwarn:
     assert {n for n, v in content["state"].items() if v.layout == torch.sparse_csr} == set(content["shapes"])
 
 
+def test_a_target_that_the_multiple_does_not_allow_is_noted(sparse: Sparse):
+    results = found(sparse(groups="outputs", target=0.9, multiple=500, epochs=1))
+    short = results["shortfall"]
+    assert short["asked"] == 0.9 and short["reached"] == results["summary"]["sparsity"] == 0
+    assert "500 outputs of each layer stay" in short["reason"]
+    assert [*results["stayed"]] == results["rescued"] != []
+    assert all("and stayed whole" in words for words in results["stayed"].values())
+    assert found(sparse(target=0.5, epochs=1))["shortfall"] is None
+
+
 def test_widths_are_multiples_of_what_was_asked(sparse: Sparse):
     shapes = found(sparse(groups="outputs", target=0.5, multiple=5))["small"]["shapes"]
     assert [shape[0] % 5 for shape in shapes.values()] == [0, 0, 0]
@@ -312,7 +322,17 @@ def test_a_resumed_run_ends_with_the_same_bits(
     resume(cut)
     assert (whole / WEIGHTS).read_bytes() == (cut / WEIGHTS).read_bytes()
     first, other = found(whole), found(cut)
-    for key in ("config", "epochs", "layers", "summary", "histogram", "curves", "rescued", "test"):
+    for key in (
+        "config",
+        "epochs",
+        "layers",
+        "summary",
+        "histogram",
+        "curves",
+        "rescued",
+        "shortfall",
+        "test",
+    ):
         assert first[key] == other[key]
 
 

@@ -114,6 +114,23 @@ def test_the_page_has_tiles_figures_tables_and_what_to_mind(sparse, save):
         assert words in outline.text, words
 
 
+@pytest.mark.usefixtures("plain")
+def test_a_target_that_was_missed_and_what_stayed_whole_are_to_mind(sparse, save):
+    short = {"asked": 0.8, "reached": 0.661, "reason": "16 outputs of each layer stay"}
+    sparse |= {"shortfall": short, "rescued": ["linear1.weight", "linear2.weight"]}
+    sparse["stayed"] = {"linear1.weight": "would be empty: the 200 largest of its groups stayed"}
+    text = Outline(page_of(sparse, save)).text
+    for words in (
+        "66.10\u00a0% zeros instead of 80.00\u00a0%, because 16 outputs of each layer stay.",
+        "linear1.weight would be empty: the 200 largest of its groups stayed.",
+        "linear2.weight would be empty: the largest of its groups stayed.",
+    ):
+        assert words in text, words
+    for odd in (None, {}, {"asked": "much"}, {"asked": 0.8}):
+        sparse["shortfall"] = odd
+        assert not any("zeros instead of" in note for note in _sparse.notes(sparse))
+
+
 def test_the_numbers_of_the_curves_and_epochs_are_in_the_tables(sparse, save):
     text = Outline(page_of(sparse, save)).text
     for record in sparse["epochs"]:
