@@ -4,7 +4,7 @@ from fallow.kernels._build import Availability, available, plain
 from fallow.kernels._dropblock import Geometry, drop_masked, drop_seeds
 from fallow.kernels._learned import disturbed, disturbed_back, eta_trick, fitted
 from fallow.kernels._sums import gradients_of, readable, sum_of
-from fallow.kernels._weights import WORTH, has_tangent, logsum_adaprox_, logsum_total, takes
+from fallow.kernels._weights import WORTH, has_tangent, logsum_adaprox_, logsum_prox, logsum_total, takes
 
 __all__ = [
     "WORTH",
@@ -20,6 +20,7 @@ __all__ = [
     "gradients_of",
     "has_tangent",
     "logsum_adaprox_",
+    "logsum_prox",
     "logsum_total",
     "plain",
     "readable",

@@ -158,7 +158,8 @@ def _load(path: Path) -> ctypes.CDLL:
     size = ctypes.c_double
     found.fallow_logsum.argtypes, found.fallow_logsum.restype = [pointer, pointer, number, size, size], size
     found.fallow_logsum_adaprox.argtypes = [pointer, pointer, number, size, size, size, size]
-    found.fallow_logsum_adaprox.restype = None
+    found.fallow_logsum_prox.argtypes = [pointer, pointer, number, size, size, size]
+    found.fallow_logsum_adaprox.restype = found.fallow_logsum_prox.restype = None
     flag = ctypes.c_int32
     found.fallow_disturbed.argtypes = [*[pointer] * 4, number, flag, size]
     found.fallow_disturbed_back.argtypes = [*[pointer] * 6, number, flag, size]

@@ -28,6 +28,19 @@ def logsum_total(w: Tensor, eps: float, factor: float) -> tuple[float, Tensor] |
     return (factor * total, gradient) if math.isfinite(total) else None
 
 
+def logsum_prox(w: Tensor, eps: float, step: float, threshold: float) -> Tensor | None:
+    """The prox of ``step log(|w| + eps)``, 0 up to the threshold; None where the kernel does not apply.
+
+    Estimator:
+        As `fallow.penalties.logarithmic.logsum_prox`; to rounding the same, for weights that are not NaN.
+    """
+    if not takes(w):
+        return None
+    out = torch.empty_like(w)
+    State.library.fallow_logsum_prox(w.data_ptr(), out.data_ptr(), w.numel(), eps, step, threshold)  # pyright: ignore[reportOptionalMemberAccess]
+    return out
+
+
 def logsum_adaprox_(
     w: Tensor, eps: float, pull: float, second: Tensor | None, correction: float, offset: float
 ) -> bool:

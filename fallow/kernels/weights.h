@@ -59,12 +59,27 @@ void adaprox(float* w, const float* second, int64_t count, float eps, float pull
         }
 }
 
+// The prox of step log(|w| + eps): |w| less step / u, u the larger root of u^2 - (|w| + eps) u + step; 0 up to
+// the threshold, where there may be no root.
+void prox(const float* w, float* out, int64_t count, float eps, float step, float threshold) {
+    for (int64_t i = 0; i < count; i++) {
+        float size = fabsf(w[i]), u = size + eps, under = u * u - 4 * step;
+        float move = 2 * step / (u + sqrtf(under > 0 ? under : 0));
+        float x = w[i] - copysignf(move, w[i]);
+        out[i] = size > threshold ? x : 0;
+    }
+}
+
 }  // namespace
 
 extern "C" {
 
 double fallow_logsum(const float* w, float* out, int64_t count, double eps, double factor) {
     return logsum(w, out, count, (float)(1 / eps), (float)(factor / eps));
+}
+
+void fallow_logsum_prox(const float* w, float* out, int64_t count, double eps, double step, double threshold) {
+    prox(w, out, count, (float)eps, (float)step, (float)threshold);
 }
 
 void fallow_logsum_adaprox(float* w, const float* second, int64_t count, double eps, double pull,

@@ -21,7 +21,7 @@ def check_weights(w: object) -> Tensor:
     One reduction decides nearly always: a sum is NaN only where an entry is, or where infinities cancel.
     """
     weights = check_floats("w", w, 0)
-    total = weights.detach().sum(dtype=torch.float64)
+    total = weights.detach().sum()
     if bool(total.isnan()) and bool(weights.isnan().any()):
         bad = int(weights.isnan().sum())
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fallow import kernels
 from fallow.penalties._checks import check_positive
 from fallow.penalties._numerics import chunked, root_above
 from fallow.penalties.separable import AtZero, Separable
@@ -29,6 +30,8 @@ def logsum_prox(w: Tensor, step: float | Tensor, eps: float) -> Tensor:
     if isinstance(step, Tensor):
         return _prox_by_steps(w, step, eps)
     threshold = logsum_threshold(step, eps)
+    if (found := kernels.logsum_prox(w.detach(), eps, step, threshold)) is not None:
+        return found
 
     def shrunk(part: Tensor) -> Tensor:
         magnitude = part.abs()

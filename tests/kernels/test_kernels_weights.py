@@ -9,6 +9,7 @@ from torch import nn
 from fallow import kernels
 from fallow.errors import UsageError
 from fallow.penalties import LogSum
+from fallow.penalties.logarithmic import logsum_threshold
 from fallow.sparsity import sparsify
 from fallow.sparsity.totals import logsum_and_gradient
 
@@ -38,6 +39,21 @@ def test_what_is_not_finite_is_left_to_torch(value: float, place: int) -> None:
     w = torch.randn(64)
     w[place] = value
     assert kernels.logsum_total(w, 0.5, 1.0) is None
+
+
+@pytest.mark.parametrize(("eps", "step"), [(0.1, 0.05), (1.0, 0.25), (2.0, 1e-5), (1e-6, 0.3), (0.1, 0.0)])
+def test_prox_is_that_of_torch_and_zero_up_to_the_same_threshold(eps: float, step: float) -> None:
+    w = torch.randn(2**14 + 3) * torch.logspace(-3, 2, 2**14 + 3)
+    w[::9], w[1::9] = 0.0, math.inf
+    penalty = LogSum(eps=eps)
+    found = penalty.prox(w, step)
+    with kernels.plain():
+        plain = penalty.prox(w, step)
+    torch.testing.assert_close(found, plain, rtol=2e-6, atol=1e-7)
+    assert torch.equal(found == 0, plain == 0)
+    exact = penalty.prox(w.double(), step)
+    near = (w.abs().double() - logsum_threshold(step, eps)).abs() < 1e-5  # there rounding decides
+    torch.testing.assert_close(found.double()[~near], exact[~near], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
