@@ -74,8 +74,22 @@ class Cell:
         return self.options.get("data", None if self.work else "digits")
 
 
+Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
 # What is known of an item's finished cells -> {"panels": [...], "tables": [...], "statements": [...]}.
 Gather = Callable[[Sequence[tuple[Cell, Mapping[str, Any]]]], Mapping[str, Any]]
+
+
+def cells_of(makers: Mapping[str, Callable[[Any], list[Cell]]], sizes: Mapping[str, Any]) -> Cells:
+    """Scale -> part of a paper -> its cells, each part made from the scale's size."""
+    return {scale: {part: make(size) for part, make in makers.items()} for scale, size in sizes.items()}
+
+
+def by_scale(cells: Cells, *parts: str) -> dict[str, list[Cell]]:
+    """The cells of these parts, each once, by scale."""
+    return {
+        scale: list({cell.name: cell for part in parts for cell in groups[part]}.values())
+        for scale, groups in cells.items()
+    }
 
 
 @dataclass(frozen=True)

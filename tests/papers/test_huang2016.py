@@ -469,6 +469,11 @@ def test_a_way_rests_what_a_run_of_its_own_would(way: str):
 # --- all of it, cut down -----------------------------------------------------------------------------------
 
 
+def names_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """The cells' names, each once."""
+    return tuple(dict.fromkeys(cell.name for cell in cells))
+
+
 def cut_down() -> Paper:
     """The paper on 60 digits, three steps to a training."""
     few = {key: FEW[key] for key in ("train_size", "batch_size", "epochs")}
@@ -483,8 +488,8 @@ def cut_down() -> Paper:
         rounds=2,
     )
     parts = {name: make(size) for name, make in huang_sizes._MAKERS.items()}
-    of = {id(huang_sizes.CELLS["tiny"][name]): {"tiny": cells} for name, cells in parts.items()}
-    items = [dataclasses.replace(item, cells=of[id(item.cells["tiny"])]) for item in PAPER.items]
+    of = {names_of(huang_sizes.CELLS["tiny"][name]): {"tiny": cells} for name, cells in parts.items()}
+    items = [dataclasses.replace(item, cells=of[names_of(item.cells["tiny"])]) for item in PAPER.items]
     return dataclasses.replace(PAPER, items=tuple(items))
 
 

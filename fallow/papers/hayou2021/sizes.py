@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from fallow.papers._experiments import Cell
+from fallow.papers import _experiments
+from fallow.papers._experiments import Cell, cells_of
 from fallow.papers.hayou2021.cells import growth_cell, law_cell, penalty_cell
 from fallow.papers.hayou2021.toys import toy_cell
 
@@ -194,12 +196,8 @@ def _images(size: Size) -> list[Cell]:
 
 
 _MAKERS = {"growth": _growth, "law": _law, "penalty": _penalty, "toys": _toys, "images": _images}
-CELLS = {scale: {part: make(size) for part, make in _MAKERS.items()} for scale, size in SIZES.items()}
-
-
-def by_scale(*parts: str) -> dict[str, list[Cell]]:
-    """The cells of these parts, by scale."""
-    return {scale: [c for part in parts for c in groups[part]] for scale, groups in CELLS.items()}
+CELLS = cells_of(_MAKERS, SIZES)
+by_scale = partial(_experiments.by_scale, CELLS)
 
 
 def sensemode_cells() -> dict[str, list[Cell]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from fallow.papers._experiments import Cell
+from fallow.papers import _experiments
+from fallow.papers._experiments import Cell, cells_of
 from fallow.papers.huang2016.timing import timing_cell
 
 LAST = 0.5  # p_L of all of the paper's tables
@@ -252,9 +254,5 @@ _MAKERS: Mapping[str, Callable[[Size], list[Cell]]] = {
     "deep": _deep,
     "ablation": _ablation,
 }
-CELLS = {scale: {part: make(size) for part, make in _MAKERS.items()} for scale, size in SIZES.items()}
-
-
-def by_scale(part: str) -> dict[str, list[Cell]]:
-    """The cells of a part, by scale."""
-    return {scale: groups[part] for scale, groups in CELLS.items()}
+CELLS = cells_of(_MAKERS, SIZES)
+by_scale = partial(_experiments.by_scale, CELLS)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from fallow.papers._experiments import Cell
+from fallow.papers import _experiments
+from fallow.papers._experiments import Cell, cells_of
 from fallow.papers.pal2020.cells import adaptive_cell, descent_cell, minimum_cell, point_cell, widths_cell
 from fallow.papers.pal2020.deep import deep_cell
 
@@ -228,12 +230,5 @@ _MAKERS = {
     "adaptive": _adaptive,
     "deep": _deep,
 }
-CELLS = {scale: {part: make(size) for part, make in _MAKERS.items()} for scale, size in SIZES.items()}
-
-
-def by_scale(*parts: str) -> dict[str, list[Cell]]:
-    """The cells of these parts, each once, by scale."""
-    return {
-        scale: list({cell.name: cell for part in parts for cell in groups[part]}.values())
-        for scale, groups in CELLS.items()
-    }
+CELLS = cells_of(_MAKERS, SIZES)
+by_scale = partial(_experiments.by_scale, CELLS)
