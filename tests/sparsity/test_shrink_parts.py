@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shrink_cases import Dense, Grouped, InvertedResidual, LeNet5, UNet, assert_same, lively, mlp, vgg
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ def scatter_zeros(net: nn.Module, seed: int, share: float) -> None:
 @pytest.mark.parametrize(("build", "shape"), NETS)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.1, 0.3, 0.5, 0.8]))
+@example(seed=255, share=0.5)  # wrong heads differ by 1e-9: attention over tokens nearly alike
 def test_random_zeros_never_change_outputs_and_leave_nothing_for_a_second_time(
     build: Callable[[], nn.Module], shape: tuple[int, ...], seed: int, share: float
 ) -> None:

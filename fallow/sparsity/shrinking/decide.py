@@ -23,6 +23,8 @@ from torch import Tensor
 from fallow.sparsity.shrinking.facts import Grouped, Record, Site
 from fallow.sparsity.shrinking.labels import support
 
+_EMPTY = "would be empty"
+
 
 @dataclass
 class Decision:
@@ -57,9 +59,8 @@ class Solver:
         self.changed = False
         self.carriers: dict[int, int] = dict(carriers or {})
         for number, carrier in self.carriers.items():
-            self.demote(
-                int(self.sites[number][1][carrier]), f"carries constants to {self.sites[number][0].name}"
-            )
+            site, inside, _ = self.sites[number]
+            self.demote(int(inside[carrier]), _reason(site, carrier))
 
     def _roots(self, labels: Tensor) -> Tensor:
         return torch.where(labels >= 0, self.labels.roots(labels.clamp(min=0)), -1)
@@ -189,7 +190,7 @@ class Solver:
                 sizes = sizes or self._sizes()
                 read = self.read()
                 best = min(torch.unique(roots).tolist(), key=lambda r, s=sizes, n=read: (bool(n[r]), s[r], r))
-                self.hold(best, f"{name} would be empty", read)
+                self.hold(best, f"{name} {_EMPTY}", read)
 
     def _sizes(self) -> Counter[int]:
         sizes: Counter[int] = Counter()
@@ -262,9 +263,16 @@ def decide(record: Record, extra: Mapping[int, str]) -> Decision:
         extra: labels that must stay besides, with reasons.
     """
     solver = Solver(record, extra)
-    first = solver.solve()
-    better = solver.better_carriers()
-    if not better:
-        return first
-    second = Solver(record, extra, {**solver.carriers, **better}).solve()
-    return second if int(second.gone.sum()) > int(first.gone.sum()) else first
+    best = solver.solve()
+    if solver.carriers:
+        again = Solver(record, extra, {**solver.carriers, **solver.better_carriers()})
+        best = _larger(best, again.solve())
+    if any(why.endswith(_EMPTY) for why in best.why.values()):
+        # what stayed later for other reasons may already keep that tensor from being empty
+        others = {r: why for r, why in best.why.items() if not best.blank[r] and not why.endswith(_EMPTY)}
+        best = _larger(best, Solver(record, {**others, **extra}, best.carriers).solve())
+    return best
+
+
+def _larger(one: Decision, other: Decision) -> Decision:
+    return other if int(other.gone.sum()) > int(one.gone.sum()) else one

@@ -56,8 +56,8 @@ def settle(
     Args:
         model: the dense model.
         decision: what goes.
-        attempt: runs the smaller model with these attributes: None if it is right, else the modules running
-            when it failed, outermost first.
+        attempt: runs the smaller model with these attributes: None if it is right to rounding, else the
+            modules running when it failed, outermost first (none where it ran through).
 
     Returns:
         None where an attempt was right (the last one), else where the first failed.
