@@ -7,15 +7,14 @@
 Every arm is measured alone against its base, in pairs: one call of each, in random order, both on the same
 input, whose results live in memory that earlier calls have touched (with --keep-memory the allocator keeps
 it; a fresh page costs more than the multiplication of what is on it). "plain" arms are fallow without its
-compiled kernel, which a report says whether it was in use. Times are process CPU time of a
-forward, and of a forward and backward; ratios are medians over pairs with a 95 % bootstrap interval. A bound
-holds if the interval reaches it.
+compiled kernel, which a report says whether it was in use. Times are process CPU time of a forward, and of a
+forward and backward; ratios are medians over pairs (a fifth as many for slow peers) with a 95 % bootstrap
+interval. A bound holds if the interval reaches it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import _timing
+from benchmarks import _command, _timing
 from fallow import kernels
 from fallow.integrations import mend_torchvision
 from fallow.noise import drop_block2d
@@ -221,17 +220,13 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=40)
     p.add_argument("--shape", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="NxCxHxW")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     p.add_argument("--block", nargs="+", type=int, default=[7, 5])
     p.add_argument("--rate", type=float, default=0.9, help="survival rate")
-    p.add_argument("--pairs", type=int, default=40, help="timed pairs; a fifth for the slow peers")
-    p.add_argument("--threads", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--channels-last", action="store_true")
-    p.add_argument("--keep-memory", action="store_true", help="an allocator that keeps what it has (Linux)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     p.add_argument("--quick", action="store_true", help="5 pairs of the second shape, block 7: a look")
     options = p.parse_args(arguments)
     try:
@@ -240,8 +235,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--shape takes shapes like 128x64x32x32")
     if any(len(shape) != 4 or min(shape) < 1 for shape in options.shape):
         p.error("--shape takes shapes like 128x64x32x32")
-    if min(options.pairs, options.threads, *options.block) < 1 or not 0 < options.rate < 1:
-        p.error("--pairs, --threads and --block are at least 1, --rate is between 0 and 1")
+    _command.check_counts(p, options, "block")
+    if not 0 < options.rate < 1:
+        p.error(f"--rate is between 0 and 1, got {options.rate}")
     if options.quick:
         options.pairs, options.shape, options.block = min(options.pairs, 5), options.shape[1:2], [7]
     return options
@@ -250,13 +246,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
-    if options.keep_memory:
-        _timing.keep_memory()
-    torch.set_num_threads(options.threads)
-    report = _timing.heading("dropblock", arguments)
-    report |= {"seed": options.seed, "pairs": options.pairs, "rate": options.rate}
+    report = _command.begin("dropblock", options, arguments)
+    report |= {"seed": options.seed, "rate": options.rate}
     found = kernels.available()  # built before anything is timed
-    report |= {"hardware": _timing.hardware(), "kernel": found.reason or "compiled", "rows": []}
+    report |= {"kernel": found.reason or "compiled", "rows": []}
     print(f"kernel: {report['kernel']}")
     for shape in options.shape:
         for dtype in options.dtype:
@@ -265,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     row = measure(shape, dtype, block, backward, options)
                     row["holds"] = verdicts(row, found.used)
                     report["rows"].append(row)
-            if options.json is not None:  # after every part, so that an interrupted run keeps what it has
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            _command.write(options, report)
     show(report["rows"], found.used)
     return 0 if all(all(row["holds"].values()) for row in report["rows"]) else 1
 

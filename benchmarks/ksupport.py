@@ -12,7 +12,6 @@ published; it stands beside the prox at sizes where it ends, and must give the s
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: the project's root in place of t
 import torch
 from torch import Tensor
 
-from benchmarks import _timing
+from benchmarks import _command, _timing
 from fallow.penalties import ksupport_prox, ksupport_sq
 
 BOUND, BOUND_SIZE = 4.0, 1_000_000
@@ -172,22 +171,17 @@ def show(sorts: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]]) ->
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=30)
     p.add_argument("--size", type=int, nargs="+", default=list(SIZES))
     p.add_argument("--peer-size", type=int, nargs="*", default=list(PEER_SIZES))
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     p.add_argument(
         "--bound-size", type=int, default=BOUND_SIZE, help="the size at which the bound is checked"
     )
-    p.add_argument("--pairs", type=int, default=30, help="timed rounds")
-    p.add_argument("--threads", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    p.add_argument("--keep-memory", action="store_true", help="have the allocator keep memory (Linux)")
     p.add_argument("--quick", action="store_true", help="5 pairs of the largest size alone: a look")
     options = p.parse_args(arguments)
-    if min(*options.size, *options.peer_size, options.pairs, options.threads) < 1:
-        p.error("--size, --peer-size, --pairs and --threads are at least 1")
+    _command.check_counts(p, options, "size", "peer_size")
     if options.quick:
         options.pairs, options.size = min(options.pairs, 5), [max(options.size)]
     return options
@@ -196,15 +190,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds and both searches agree, else 1."""
     options = parse(arguments)
-    if options.keep_memory:
-        _timing.keep_memory()
-    torch.set_num_threads(options.threads)
-    report = _timing.heading("ksupport", arguments)
-    report |= {"seed": options.seed, "pairs": options.pairs, "hardware": _timing.hardware()}
+    report = _command.begin("ksupport", options, arguments)
+    report["seed"] = options.seed
     report["sort"] = [against_sort(d, dtype, options) for d in options.size for dtype in options.dtype]
     report["search"] = [against_search(d, options) for d in options.peer_size]
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _command.write(options, report)
     show(report["sort"], report["search"])
     failed = [f"d = {r['size']:,}, {r['dtype']}" for r in report["sort"] if not r["holds"]]
     failed += [f"d = {r['size']:,} differs from the search" for r in report["search"] if not r["holds"]]

@@ -12,7 +12,6 @@ interval's lower end is at most it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fallow
-from benchmarks import _timing
+from benchmarks import _command, _timing
 from fallow import models
 from fallow.planning import RunningSensitivities, sensitivity
 from fallow.surgery.tap import tapped
@@ -168,17 +167,13 @@ def show(probes: Sequence[dict[str, Any]], watched: Sequence[dict[str, Any]]) ->
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=30)
     p.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     p.add_argument("--batch-size", type=int, help="default: one for each subject")
-    p.add_argument("--pairs", type=int, default=30, help="timed rounds")
-    p.add_argument("--threads", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     p.add_argument("--quick", action="store_true", help="5 pairs of the smallest subject: a look")
     options = p.parse_args(arguments)
-    if min(options.pairs, options.threads, 1 if options.batch_size is None else options.batch_size) < 1:
-        p.error("--pairs, --threads and --batch-size are at least 1")
+    _command.check_counts(p, options, "batch_size")
     if options.quick:
         options.pairs, options.subject = min(options.pairs, 5), options.subject[:1]
     return options
@@ -187,15 +182,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    report = _timing.heading("plan", arguments)
-    report |= {"seed": options.seed, "pairs": options.pairs, "hardware": _timing.hardware()}
-    report |= {"probing": [], "running": []}
+    report = _command.begin("plan", options, arguments)
+    report |= {"seed": options.seed, "probing": [], "running": []}
     for name in options.subject:
         report["probing"].append(probing(name, options))
         report["running"].append(running(name, options))
-        if options.json is not None:  # after every subject, so that an interrupted run keeps what it has
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _command.write(options, report)
     show(report["probing"], report["running"])
     failed = [
         f"{r['subject']}, {part}" for part in ("probing", "running") for r in report[part] if not r["holds"]

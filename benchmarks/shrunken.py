@@ -23,7 +23,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import statistics
 import sys
 import warnings
@@ -38,7 +37,7 @@ if __package__ in (None, ""):  # run as a file: the project's root in place of t
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _timing
+from benchmarks import _command, _timing
 from fallow.data import load
 from fallow.integrations.loading import load_model
 from fallow.recipes import show
@@ -246,7 +245,7 @@ def print_tables(names: Sequence[str], seeds: Sequence[Mapping[str, dict[str, An
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=30)
     p.add_argument("--runs", type=Path, default=Path("runs/shrunken"), help="folder of the runs")
     p.add_argument("--measure", action="store_true", help="train nothing; runs that are missing are an error")
     p.add_argument("--data", default="fashion-mnist")
@@ -262,27 +261,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--train-batch", type=int, default=64, help="images to a step of the training")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--batch-size", type=int, default=128, help="of the timed forward")
-    p.add_argument("--pairs", type=int, default=30, help="timed rounds")
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    p.add_argument("--keep-memory", action="store_true", help="have the allocator keep memory (Linux)")
     options = p.parse_args(arguments)
-    if min(options.seeds, options.batch_size, options.pairs, options.threads) < 1:
-        p.error("--seeds, --batch-size, --pairs and --threads are at least 1")
+    _command.check_counts(p, options, "seeds", "batch_size")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
-    if options.keep_memory:
-        _timing.keep_memory()
-    torch.set_num_threads(options.threads)
-    # as in skip.py: several networks in turn would throw each other's compiled kernels out
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     arms = arms_of(options)
-    report = _timing.heading("shrunken", arguments) | {"hardware": _timing.hardware()}
-    report |= {"batch": options.batch_size, "pairs": options.pairs}
+    report = _command.begin("shrunken", options, arguments)
+    report["batch"] = options.batch_size
     report["commands"] = {name: command_of(arm) for name, arm in arms.items()}
     seeds, tested = [], 0
     for seed in range(options.seeds):
@@ -298,8 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bound = [*arms][-1]
     report |= {"test_images": tested, "seeds": seeds, "bound": bound, "fails": fails_of(bound, seeds)}
     print_tables([*arms], seeds, tested)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _command.write(options, report)
     print("every bound holds" if not report["fails"] else f"{bound}, fails: {', '.join(report['fails'])}")
     return 1 if report["fails"] else 0
 

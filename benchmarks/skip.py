@@ -11,8 +11,6 @@ bound holds if the interval's lower end is at most it. README.md in this folder 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,9 +20,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's root in place of this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
 
-from benchmarks import _peers, _timing
+from benchmarks import _command, _peers, _timing
 from benchmarks._arms import (
     APPLIED,
     BASE,
@@ -173,7 +170,7 @@ def _cells(name: str, row: dict[str, Any], verdicts: dict[tuple[str, str], dict[
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=30, threads=2)
     p.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     p.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="the ViT has one")
     p.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
@@ -181,26 +178,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch-size", type=int, help="default: " + ", ".join(f"{k} {b}" for k, (_, b) in SUBJECTS.items())
     )
     p.add_argument("--last", type=float, default=0.5, help="survival rate of the last site (linear rates)")
-    p.add_argument("--pairs", type=int, default=30, help="timed rounds")
     p.add_argument("--warmup", type=int, default=3, help="rounds before these")
     p.add_argument(
         "--memory-steps", type=int, default=5, help="steps whose highest memory counts, where draws vary"
     )
-    p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    p.add_argument(
-        "--keep-memory", action="store_true", help="let glibc keep the memory of large tensors (Linux)"
-    )
     p.add_argument(
         "--quick", action="store_true", help="5 pairs of a quarter of the batch: a look, not a measurement"
     )
     options = p.parse_args(arguments)
-    if (
-        min(options.pairs, options.threads, options.memory_steps, options.batch_size or 1) < 1
-        or options.warmup < 0
-    ):
-        p.error("--pairs, --threads, --memory-steps and --batch-size are at least 1, --warmup at least 0")
+    _command.check_counts(p, options, "memory_steps", "batch_size")
+    if options.warmup < 0:
+        p.error(f"--warmup is at least 0, got {options.warmup}")
     if options.quick:
         options.pairs, options.warmup, options.memory_steps = min(options.pairs, 5), 1, 1
     return options
@@ -221,19 +210,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound from measured shares holds, else 1."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    # oneDNN keeps 1024 compiled kernels, one for each shape. A row-mode model needs hundreds, a dozen
-    # arms in turn would throw each other's out and compile them anew at every step, as no training run does.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
-    report = _timing.heading("skip", arguments) | {"seed": options.seed}
-    report |= {"pairs": options.pairs, "hardware": _timing.hardware(), "cases": (results := [])}
+    report = _command.begin("skip", options, arguments) | {"seed": options.seed}
+    report["cases"] = results = []
     for case in cases(options):
         results.append(measure(case, options))
         if sys.stderr.isatty():
             print("\r" + " " * 100 + "\r", end="", file=sys.stderr)
         show(results[-1])
-        if options.json is not None:  # after every case, so that an interrupted run keeps what it has
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _command.write(options, report)
     failed = _failed(results, "measured_holds")
     print("every bound holds" if not failed else "bounds that fail: " + "; ".join(failed))
     if beyond := _failed(results, "holds"):
@@ -248,6 +232,4 @@ def _failed(results: list[dict[str, Any]], which: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    if "--keep-memory" in sys.argv:
-        _timing.keep_memory()
     sys.exit(main())

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fallow
+from benchmarks import _command, _timing
 from benchmarks import _sparse_peers as peers
-from benchmarks import _timing
 from benchmarks._sparse_tables import show
 from fallow.data import load
 from fallow.models import CifarResNet, lenet300, vgg_small
@@ -258,7 +256,7 @@ def _floats(images: Tensor) -> Tensor:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.parser(__doc__, pairs=20)
     p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     p.add_argument("--optimiser", nargs="+", choices=OPTIMISERS, default=list(OPTIMISERS))
@@ -277,16 +275,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--peer-widths", type=int, nargs="+", default=(32, 64, 128))
     p.add_argument("--weights-target", type=float, default=0.95)
     p.add_argument("--filters-target", type=float, default=0.6)
-    p.add_argument("--pairs", type=int, default=20, help="timed rounds")
-    p.add_argument("--threads", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    p.add_argument("--keep-memory", action="store_true", help="have the allocator keep memory (Linux)")
     p.add_argument("--quick", action="store_true", help="a look: 5 pairs, bound methods, one seed")
     options = p.parse_args(arguments)
-    counts = ("pairs", "threads", "size", "batch_size", "epochs", "seeds")
-    if min(getattr(options, name) for name in counts) < 1:
-        p.error("--pairs, --threads, --size, --batch-size, --epochs and --seeds are at least 1")
+    _command.check_counts(p, options, "size", "batch_size", "epochs", "seeds")
     if not all(0 < share <= 1 for share in options.share):
         p.error("--share is of filters that are kept, in (0, 1]")
     if options.quick:
@@ -298,13 +290,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 if every bound holds, else 1."""
     options = parse(arguments)
-    if options.keep_memory:
-        _timing.keep_memory()
-    torch.set_num_threads(options.threads)
-    # as in skip.py: a dozen networks in turn would throw each other's compiled kernels out
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
-    report = _timing.heading("sparsify", arguments)
-    report |= {"seed": options.seed, "pairs": options.pairs, "hardware": _timing.hardware()}
+    report = _command.begin("sparsify", options, arguments)
+    report["seed"] = options.seed
     failed = []
     pairs = [(subject, how) for subject in options.subject for how in options.optimiser]
     todo: dict[str, list[Callable[[], dict[str, Any]]]] = {
@@ -320,8 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(part, found, BOUND)
             about = f"{part}, {found['subject']}, {found['optimiser']}" if part == "steps" else part
             failed += [f"{about}: {name}" for name in found["fails"]]
-            if options.json is not None:  # after each, so that an interrupted run keeps what it has
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            _command.write(options, report)
     print("every bound holds" if not failed else "bounds that fail: " + "; ".join(failed))
     return 1 if failed else 0
 
