@@ -179,6 +179,6 @@ def _no_sites(found: Sites) -> str:
 def _note_dtypes(model: nn.Module, handle: Handle, example: Any) -> None:
     args, kwargs = probe.arguments(example)
     device = next((p.device.type for p in model.parameters()), "cpu")
-    with probe.undisturbed(model):
+    with probe.undisturbed(model), probe.by_modules():
         model.eval()
         prove.note_dtypes(model, handle, probe.tiled(args, kwargs, probe.ROWS[1]), device)

@@ -19,7 +19,7 @@ from fallow.surgery.decide import Decider, Entry, Options, check_seed
 from fallow.surgery.draws import Draw
 from fallow.surgery.found import Branch
 from fallow.surgery.report import Report, SiteRow
-from fallow.surgery.root import RootEnter, RootLeave
+from fallow.surgery.root import ENCODERS, ByModules, RootEnter, RootLeave
 from fallow.surgery.site import Site
 
 _ATTRIBUTE = "_fallow_handle"
@@ -359,6 +359,11 @@ class Handle:
             add(RootEnter(self._decider), with_kwargs=True, prepend=True),
             leave(RootLeave(self._decider), always_call=True),
         ]
+        encoders = [m for m in self.model.modules() if isinstance(m, ENCODERS)]
+        for module in encoders if self.options.scale == "eval" else ():  # else evaluation is the plain model
+            path = ByModules()
+            self._hooks.append(module.register_forward_pre_hook(path.enter, prepend=True))
+            self._hooks.append(module.register_forward_hook(path.leave, always_call=True))
         self.model.__dict__[_ATTRIBUTE] = self
 
     def __repr__(self) -> str:

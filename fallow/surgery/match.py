@@ -33,7 +33,7 @@ def match(model: nn.Module, example: Any, modes: Mapping[nn.Module, str]) -> dic
         ArgumentError: example is nothing that a model takes.
     """
     args, kwargs = probe.arguments(example)
-    with probe.undisturbed(model):
+    with probe.undisturbed(model), probe.by_modules():
         trace, _, known = probe.traces(model, args, kwargs)
     branches = find(trace)[0]
     finder = _Matcher(trace, branches, known)

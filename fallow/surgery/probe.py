@@ -100,6 +100,17 @@ def _host_generators() -> list[tuple[Any, Any]]:
 
 
 @contextmanager
+def by_modules() -> Iterator[None]:
+    """Inside, torch's transformer layers call their modules also where no gradient is needed."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def no_silent_parameters(model: nn.Module) -> Iterator[None]:
     """Give parameters near zero (zero-initialised norms, layer scale) some size while a proof runs.
 

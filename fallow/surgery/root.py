@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -78,3 +79,26 @@ class RootLeave:
             node.register_prehook(Mark(book, book.current))
         if ends:
             book.has_mark(book.current)
+
+
+ENCODERS = nn.TransformerEncoder, nn.TransformerEncoderLayer
+
+
+class ByModules:
+    """Hooks of one of torch's transformer encoders: it calls its modules also where no gradient is needed.
+
+    Its fused path at evaluation reads their weights and would pass by the gates on them.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+
+    def enter(self, _module: nn.Module, _args: tuple) -> None:
+        """Switch the fused path off."""
+        self.before.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def leave(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        """Put it back; runs after errors too, those of earlier hooks among them."""
+        if self.before:
+            torch.backends.mha.set_fastpath_enabled(self.before.pop())

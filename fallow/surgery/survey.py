@@ -40,7 +40,7 @@ def survey(
 ) -> Survey:
     """Find, choose and prove; ``named`` may name ambiguous sites. The model is left as it was."""
     args, kwargs = probe.arguments(example)
-    with probe.undisturbed(model):
+    with probe.undisturbed(model), probe.by_modules():
         trace, training, batch_known = probe.traces(model, args, kwargs)
         if (where := probe.dropping(training, model)) is not None:
             raise SiteError(

@@ -56,7 +56,7 @@ class Taps:
             self.entered = entry[0]
             return decide(branch) if decide is not None and branch.name in mine else None
 
-        with self._handle.deciding(chosen), self._handle.dense(), _by_modules():
+        with self._handle.deciding(chosen), self._handle.dense(), probe.by_modules():
             return call_model(self.model, inputs)
 
 
@@ -145,17 +145,6 @@ def inputs_only(model: nn.Module) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _by_modules() -> Iterator[None]:
-    """Inside, torch's transformer layers call their modules also where no gradient is needed."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def seed_of_graph(device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import laws
 import pytest
@@ -43,6 +44,32 @@ def test_scale_eval_is_a_plain_gate_in_training_and_the_rate_at_evaluation(name:
         ours, theirs = laws.call(model, feed), laws.dense_run(dense, case, feed, {}, rates)
     for a, b in zip(laws.floats(ours), laws.floats(theirs), strict=True):
         laws.assert_close(a, b, 1e-9, "p f(x) under dense()")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_evaluation_without_gradients_passes_the_gates_of_torchs_encoder(
+    norm_first: bool, padded: bool
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5).expand(3, 5) > torch.tensor([[4], [3], [1]])
+    inputs: dict[str, Any] = {"src": x, "src_key_padding_mask": padding} if padded else {"src": x}
+    handle = fallow.apply(model, fallow.rates.uniform(RATE), example=inputs, scale="eval")
+    for applied in (model, copy.deepcopy(model)):
+        applied.eval()
+        with torch.no_grad():
+            out = applied(**inputs)
+        assert torch.equal(out, applied(**inputs).detach())
+        part = applied.get_submodule("layers.0")
+        with torch.no_grad():
+            out = part(x)
+        assert torch.equal(out, part(x).detach())
+    assert torch.backends.mha.get_fastpath_enabled()
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert len(fallow.sites(model.requires_grad_(False), inputs)) == 4
 
 
 # --- grads -------------------------------------------------------------------------------------------------
