@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ class Clock:
     set: int | None = None
     steps: int = 0  # optimiser steps since
     by_optimizer: bool = False
+    stepped: set[int] = field(default_factory=set)  # optimisers that stepped since the latest draw
 
     def now(self, draws: int) -> int:
         """The time, after so many draws."""
@@ -27,10 +28,17 @@ class Clock:
             return self.set
         return self.start + (self.steps if self.by_optimizer else draws - self.draws)
 
-    def optimizer_stepped(self) -> None:
-        """An optimiser that holds the model's parameters made a step."""
+    def optimizer_stepped(self, which: int) -> None:
+        """An optimiser that holds parameters of the model made a step.
+
+        Several may share a model (by kind of weights, by parameter, one around the other): their steps on
+        the gradients of one forward are one step.
+        """
         self.by_optimizer = True
-        self.steps += 1
+        if not self.stepped or which in self.stepped:
+            self.steps += 1
+            self.stepped.clear()
+        self.stepped.add(which)
 
 
 # One hook for all models, and none before the first is applied. It is never taken off again: torch walks over
@@ -59,7 +67,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
     for model, ref in list(_followed.items()):
         clock = ref()
         if clock is not None and _holds(optimizer, model):
-            clock.optimizer_stepped()
+            clock.optimizer_stepped(id(optimizer))
 
 
 def _holds(optimizer: Optimizer, model: nn.Module) -> bool:

@@ -123,6 +123,7 @@ class Decider:
     def new_draw(self) -> Draw:
         """Decide a whole training forward; rows are decided when their number is known."""
         self.refuse_unreduced()
+        self.clock.stepped.clear()
         o, index = self.options, self.book.count
         draw = Draw(index, {name: self.rate(name) for name in self.rates})
         if o.mode == "batch":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_time_is_optimiser_steps_where_an_optimiser_is_seen(built):
     handle.step()
     assert handle.time == 101
     handle.remove()
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_optimisers_that_share_a_model_make_one_step_together(noisy):
+    model, handle = net(schedule=schedules.warmup(8))
+    matrices = SGD([p for p in model.parameters() if p.dim() > 1], lr=0.01)
+    others = [SGD([p], lr=0.01) for p in model.parameters() if p.dim() == 1]
+    for i in range(4):
+        with nullcontext() if noisy else handle.dense():
+            model(torch.randn(2, 4)).sum().backward()
+        for optimizer in (matrices, *others):
+            optimizer.step()
+            assert handle.time == i + 1
+    late = SGD(model.parameters(), lr=0.01)
+    model(torch.randn(2, 4)).sum().backward()
+    late.step()
+    assert handle.time == 5, "nor does time wait for an optimiser that comes later"
 
 
 def test_time_is_forwards_where_no_optimiser_is_seen():
