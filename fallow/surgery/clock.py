@@ -20,7 +20,7 @@ class Clock:
     set: int | None = None
     steps: int = 0  # optimiser steps since
     by_optimizer: bool = False
-    stepped: set[int] = field(default_factory=set)  # optimisers that stepped since the latest draw
+    stepped: list[int] = field(default_factory=list)  # optimisers that stepped since the latest draw
 
     def now(self, draws: int) -> int:
         """The time, after so many draws."""
@@ -38,7 +38,7 @@ class Clock:
         if not self.stepped or which in self.stepped:
             self.steps += 1
             self.stepped.clear()
-        self.stepped.add(which)
+        self.stepped.append(which)
 
 
 # One hook for all models, and none before the first is applied. It is never taken off again: torch walks over

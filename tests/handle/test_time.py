@@ -107,6 +107,7 @@ def test_optimisers_that_share_a_model_make_one_step_together(noisy):
     model, handle = net(schedule=schedules.warmup(8))
     matrices = SGD([p for p in model.parameters() if p.dim() > 1], lr=0.01)
     others = [SGD([p], lr=0.01) for p in model.parameters() if p.dim() == 1]
+    model(torch.randn(2, 4))
     for i in range(4):
         with nullcontext() if noisy else handle.dense():
             model(torch.randn(2, 4)).sum().backward()
