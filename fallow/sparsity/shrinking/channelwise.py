@@ -31,7 +31,8 @@ def _pooled(step: Step, out: list[Tensor]) -> list[Info]:
     known = None
     if info.known is not None:
         result = step.func(info.known, *step.args[1:], **step.kwargs)
-        known = constants.tidy(result[0] if isinstance(result, tuple) else result)
+        result = result[0] if isinstance(result, tuple) else result
+        known = constants.pooled(info.known, result, spatial.start - 1)
     return [Info(layers, known)] + [Info(layers) for _ in out[1:]]
 
 
@@ -147,8 +148,10 @@ def _reduced(step: Step, out: list[Tensor]) -> list[Info]:
         keep = [d for d in range(ndim) if d not in dims]
         layers = [layer.reshape([layer.shape[d] for d in keep]) for layer in layers]
     known = None
-    if info.known is not None and step.name in ("mean", "sum", "amax", "amin", "prod", "logsumexp"):
-        known = constants.tidy(step.func(info.known, *step.args[1:], **step.kwargs))
+    if info.known is not None and step.name in ("mean", "sum", "amax", "amin"):
+        result = step.func(info.known, *step.args[1:], **step.kwargs)
+        free = [d for d in dims if all(layer.shape[d] == 1 for layer in info.layers)]
+        known = constants.reduced(info.known, result, dims, free, keeps=step.name != "sum")
     return [Info(layers, known)] + [Info(layers) for _ in out[1:]]
 
 

@@ -19,6 +19,7 @@ class Info:
     leaf: str | None = None
     turned: str | None = None  # the matrix that this is the transpose of
     stale: bool = False  # its memory was written through another view
+    fed: bool = False  # made from the model's input: other inputs give it other sizes
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """What is constant: values that do not depend on the model's input, with NaN for those that do.
 
 A tensor beside each value holds the constants in place. Constants spread as far as zeros let them: a zero
-weight hides an unknown input, a factor of zero hides the other one.
+weight hides an unknown input, a factor of zero hides the other one. What would be another number for inputs
+of another size (images, tokens, rows) is none.
 """
 
 from __future__ import annotations
@@ -68,16 +69,68 @@ def _count(a: Tensor, b: Tensor) -> Tensor:
 
 
 def convolution(
-    x: Tensor, known: Tensor | None, weight: Tensor, bias: Tensor | None, rest: tuple
+    known: Tensor | None, weight: Tensor, bias: Tensor | None, rest: tuple, channels: int, shape: torch.Size
 ) -> Tensor | None:
-    """Constants of a convolution with known weights; at a padded border they may differ from those inside."""
-    run = torch.ops.aten.convolution.default
+    """Constants of a convolution with known weights, where a padded border changes nothing.
+
+    Taken from a map that is wide enough for its inside and its borders, whatever the size of this one: where
+    it has a single pixel, say, a border looks like a constant.
+
+    Args:
+        known: constants of the input.
+        weight: the kernels.
+        bias: if there is one.
+        rest: stride, padding, dilation, transposed, output padding, groups.
+        channels: of the input.
+        shape: of the output.
+    """
     if known is None and not bool((weight == 0).flatten(1).all(1).any()):
         return None
-    xs = torch.full_like(x, NAN) if known is None else known
-    hidden = run(xs.isnan().to(weight.dtype), (weight != 0).to(weight.dtype), None, *rest)
-    result = run(xs.nan_to_num(0.0), weight, bias, *rest)
-    return tidy(result.masked_fill(hidden > 0.5, NAN))
+    run = torch.ops.aten.convolution.default
+    values = torch.full((channels,), NAN) if known is None else uniform(known, 1, channels)[0]
+    sizes = [2 * (k - 1) * d + s + 1 for k, d, s in zip(weight.shape[2:], rest[2], rest[0], strict=True)]
+    wide = values.to(weight).reshape(1, -1, *[1] * len(sizes)).expand(1, -1, *sizes)
+    hidden = run(wide.isnan().to(weight.dtype), (weight != 0).to(weight.dtype), None, *rest)
+    result = run(wide.nan_to_num(0.0), weight, bias, *rest).masked_fill(hidden > 0.5, NAN)
+    found = uniform(result, 1, shape[1])[0].to(weight)
+    return tidy(found.reshape(1, -1, *[1] * len(sizes)).expand(shape).clone())
+
+
+def pooled(before: Tensor, after: Tensor, dim: int) -> Tensor | None:
+    """Constants of a pool or another operation within each channel, where it leaves a constant as it is.
+
+    Args:
+        before: those of its input.
+        after: as they come out.
+        dim: of the channels.
+    """
+    count = before.shape[dim]
+    here, there = uniform(before, dim, count)[0], uniform(after, dim, count)[0]
+    same = (here - there).abs() <= 1e-12 * here.abs()
+    shape = [-1 if d == dim else 1 for d in range(after.dim())]
+    return tidy(after.masked_fill(~same.reshape(shape).to(after.device), NAN))
+
+
+def reduced(before: Tensor, after: Tensor, over: list[int], dims: list[int], *, keeps: bool) -> Tensor | None:
+    """Constants of a reduction over dimensions of any size: of what is the same along them, or is zero.
+
+    Args:
+        before: those of its input.
+        after: as they come out.
+        over: the dimensions that are reduced.
+        dims: those of them whose size is the input's.
+        keeps: whether it gives a constant back, as the mean does and the sum does not.
+    """
+    if not dims:
+        return tidy(after)
+    first = before
+    for d in dims:
+        first = first.narrow(d, 0, 1)
+    same = (before - first).abs() <= 1e-12 * first.abs()
+    same = same if keeps else same & (before == 0)
+    for d in sorted(over, reverse=True):
+        same = same.all(d, keepdim=after.dim() == before.dim())
+    return tidy(after.masked_fill(~same, NAN))
 
 
 def affine(known: Tensor | None, scale: Tensor, shift: Tensor, shape: tuple[int, ...]) -> Tensor | None:

@@ -81,11 +81,11 @@ class Recorder(TorchDispatchMode):
         """What is known of a tensor now."""
         info = self.info.get(id(tensor))
         if info is None:  # an input, or a constant that nobody registered: unknown either way
-            info = self._put(tensor, Info([]))
+            info = self._put(tensor, Info([], fed=True))
         if info.stale:
             for layer in info.layers + self.written.get(_memory(tensor), []):
                 self.labels.freeze(layer, f"memory written through another view is read in {self.place}")
-            info.layers, info.known = [], None
+            info.layers, info.known, info.fed = [], None, True
         return info
 
     def known(self, tensor: Tensor) -> Tensor | None:

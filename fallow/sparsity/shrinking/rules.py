@@ -23,8 +23,10 @@ _FROM_SIZES = frozenset("new_zeros new_ones new_full zeros_like ones_like full_l
 
 def infer(step: Step, out: list[Tensor]) -> list[Info]:
     """What is known of an operation's results."""
-    known = None
-    if not step.recorder.escaped and (all(map(_complete, step.infos)) or step.name in _FROM_SIZES):
+    known, sizes_alone = None, step.name in _FROM_SIZES
+    fed = not sizes_alone and any(info.fed for info in step.infos)
+    # of what is fed a rule says whether it is the same at other sizes
+    if not step.recorder.escaped and (sizes_alone or not fed and all(map(_complete, step.infos))):
         random = step.name.startswith(_RANDOM)
         known = [None if random else t.detach().clone() for t in out]
     rule = RULES.get(step.name, unknown)
@@ -34,9 +36,9 @@ def infer(step: Step, out: list[Tensor]) -> list[Info]:
         results = rule(step, out)
     except Exception:  # a form of the operation that its rule did not foresee: better nothing than a guess
         results = unknown(step, out)
-    if known is not None:
-        for info, value in zip(results, known, strict=True):
-            info.known = value
+    for info, value in zip(results, known or [None] * len(results), strict=True):
+        info.fed = fed
+        info.known = info.known if value is None else value
     return results
 
 

@@ -152,7 +152,7 @@ def _convolution(step: Step, out: list[Tensor]) -> list[Info]:
     site = _new_site(step, inside, outside, x_channels(step))
     known = None
     if bias is None or known_bias is not None:
-        known = constants.convolution(step.tensors[0], x.known, weight.known, known_bias, rest)
+        known = constants.convolution(x.known, weight.known, known_bias, rest, x_channels(step), out[0].shape)
     if site is not None:
         matrix = weight.known.detach().double().cpu().flatten(2)
         matrix = matrix.transpose(0, 1) if transposed else matrix
@@ -221,7 +221,10 @@ def _bmm(step: Step, out: list[Tensor]) -> list[Info]:
     if at:
         step.recorder.freeze(step.infos[0].layers + layers, step.say("goes through baddbmm"))
         return [Info([])]
-    return [Info(layers, constants.product(x, a.known, y, b.known))]
+    known = constants.product(x, a.known, y, b.known)
+    if known is not None and a.fed and b.fed:  # a sum over as many as the input has
+        known = constants.tidy(known.masked_fill(known != 0, constants.NAN))
+    return [Info(layers, known)]
 
 
 def _batched(step: Step, left: Layers, right: Layers, batch: int) -> Layers:
