@@ -13,6 +13,8 @@ Scalar = Callable[[Tensor], Tensor]
 _NODES = 1024
 _DECADES = 13
 _CHUNK = 2**20
+# Weights below this part of the largest have a grid of their own.
+_REACH = 1e-10
 # A node's objective is off by at most about 1e-3 of the jump's place: within this much of it both sides
 # of a jump are tried.
 _NEAR_JUMP = 0.02
@@ -37,13 +39,17 @@ def numeric_prox(
     top = float(torch.where(finite, magnitude, 0.0).max()) if magnitude.numel() else 0.0
     if top == 0.0 or (isinstance(step, float) and step == 0.0):
         return w.detach().clone()
+    if bool((beneath := (magnitude > 0) & (magnitude < _REACH * top)).any()):
+        return _by_sizes(w, step, beneath.reshape(w.shape), value, slope, kinks)
     nodes = _grid(top, kinks, w.device)
     table = value(nodes)
     rounds = 52 if w.dtype == torch.float64 else 30
+    moved = finite
     if isinstance(step, float):
         best = _common_step(magnitude, step, nodes, table, value, slope, rounds)
     else:
         steps = torch.as_tensor(step).double().expand(w.shape).flatten()
+        moved = finite & (steps > 0)
         rows = max(_CHUNK // nodes.numel(), 1)
         best = torch.cat(
             [
@@ -51,7 +57,19 @@ def numeric_prox(
                 for m, s in zip(magnitude.split(rows), steps.split(rows), strict=True)
             ]
         )
-    return torch.where(finite, best, magnitude).to(w.dtype).reshape(w.shape).copysign(w)
+    return torch.where(moved, best, magnitude).to(w.dtype).reshape(w.shape).copysign(w)
+
+
+def _by_sizes(
+    w: Tensor, step: float | Tensor, small: Tensor, value: Scalar, slope: Scalar, kinks: Sequence[float]
+) -> Tensor:
+    """The prox of the small ones and of the others, each with a grid that reaches them."""
+    steps = step.expand(w.shape) if isinstance(step, Tensor) else None
+    result = torch.empty_like(w)
+    for which in (small, ~small):
+        own = step if steps is None else steps[which]
+        result[which] = numeric_prox(w.detach()[which], own, value, slope, kinks)
+    return result
 
 
 def _grid(top: float, kinks: Sequence[float], device: torch.device) -> Tensor:

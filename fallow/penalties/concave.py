@@ -149,7 +149,8 @@ class Welsch(Separable):
         return -(magnitude * magnitude).neg_().expm1_() / 2
 
     def _slope(self, magnitude: Tensor) -> Tensor:
-        return magnitude * (-magnitude * magnitude).exp()
+        rate = (-magnitude * magnitude).exp()
+        return torch.where(rate == 0, 0.0, magnitude) * rate  # not infinity times 0
 
     def _eta(self, magnitude: Tensor) -> Tensor:
         return (magnitude * magnitude).exp_()
@@ -171,7 +172,7 @@ class GemanMcClure(Separable):
 
     def _slope(self, magnitude: Tensor) -> Tensor:
         rate = (1 + magnitude * magnitude).reciprocal()
-        return magnitude * rate * rate
+        return torch.where(rate == 0, 0.0, magnitude) * rate * rate  # not infinity times 0
 
     def _eta(self, magnitude: Tensor) -> Tensor:
         return (magnitude * magnitude).add_(1).pow_(2)

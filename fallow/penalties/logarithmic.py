@@ -112,8 +112,8 @@ class LogSum(Separable):
         return logsum_prox(w, step, self.eps)
 
     def _dual(self, eta: Tensor) -> Tensor:
-        root = (self.eps**2 + 4 * eta).sqrt()
-        share = 4 * eta / (root + self.eps)  # root - eps, without cancellation
+        root = 2 * (self.eps**2 / 4 + eta).sqrt()  # eta times 4 may be infinite
+        share = 4 * (eta / (root + self.eps))  # root - eps, without cancellation
         f = 2 * (share / (2 * self.eps)).log1p() - share / (root + self.eps)
         return torch.where(eta == torch.inf, torch.inf, f)
 
@@ -139,10 +139,13 @@ class Log2Sum(Separable):
         check_positive("eps", self.eps)
 
     def _value(self, magnitude: Tensor) -> Tensor:
-        return (magnitude / math.sqrt(self.eps)).square().log1p_()
+        x = magnitude / math.sqrt(self.eps)
+        far = x.clamp(min=1)  # whose square may be infinite
+        return torch.where(x > 1, 2 * far.log() + far.pow(-2).log1p(), (x * x).log1p())
 
     def _slope(self, magnitude: Tensor) -> Tensor:
-        return 2 * magnitude / (magnitude * magnitude + self.eps)
+        near, far = magnitude.clamp(max=1), magnitude.clamp(min=1)
+        return torch.where(magnitude > 1, 2 / (far + self.eps / far), 2 * near / (near * near + self.eps))
 
     def _eta(self, magnitude: Tensor) -> Tensor:
         return (magnitude * magnitude).add_(self.eps).div_(2)

@@ -43,7 +43,8 @@ def lp_prox(w: Tensor, step: float | Tensor, p: float) -> Tensor:
     # step x^(p-1) at the jump, with the powers joined: x^(p-1) alone is infinite at step 0
     jump = (2 * step * (1 - p) / p) ** (1 / (2 - p))
     above = magnitude > jump * (1 + p / (2 * (1 - p)))
-    m = torch.where(above, magnitude, 1 + 2 * (jump + step))
+    moves = above & (step > 0) & magnitude.isfinite()
+    m = torch.where(moves, magnitude, 1 + 2 * (jump + step))
     if p == 0.5:
         third = (m / 3).sqrt()
         x = (2 * third * ((-step / (2 * third**3)).acos() / 3).cos()).square()
@@ -52,7 +53,7 @@ def lp_prox(w: Tensor, step: float | Tensor, p: float) -> Tensor:
         for _ in range(12 if w.dtype == torch.float64 else 8):
             pull = step * x ** (p - 1)
             x = x - (x + pull - m) / (1 + (p - 1) * pull / x)
-    return torch.where(above, x, 0.0).copysign_(w)
+    return torch.where(moves, x, torch.where(above, magnitude, 0.0)).copysign_(w)
 
 
 def _smooth_lp_prox(w: Tensor, step: Tensor, p: float) -> Tensor:
@@ -62,7 +63,7 @@ def _smooth_lp_prox(w: Tensor, step: Tensor, p: float) -> Tensor:
     for _ in range(60 if w.dtype == torch.float64 else 30):
         excess = (y**power + step * y - magnitude).clamp(min=0)
         y = (y - excess / (power * y ** (power - 1) + step).clamp(min=1e-300)).clamp_(min=0)
-    return torch.where(step > 0, y**power, magnitude).copysign_(w)
+    return torch.where((step > 0) & magnitude.isfinite(), y**power, magnitude).copysign_(w)
 
 
 @dataclass(frozen=True)
@@ -138,4 +139,4 @@ class Ridge(Separable):
 
     def _dual(self, eta: Tensor) -> Tensor:
         slack = 1 + 4 * torch.finfo(eta.dtype).eps
-        return torch.where(eta <= self.eta0 * slack, 0.0, torch.inf).to(eta.dtype)
+        return torch.where(eta <= self.eta0 * slack, 0.0, eta * torch.inf).to(eta.dtype)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fallow.penalties._checks import check_floats, check_positive
-from fallow.penalties._numerics import check_elementwise_step, check_weights, chunked
+from fallow.penalties._numerics import check_elementwise_step, check_weights, chunked, widened
 from fallow.penalties._prox import conjugate, numeric_prox
 
 AtZero = Literal["ridge", "slope", "singular", "barrier"]
@@ -36,7 +36,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(w: Tensor, penalty: Separable) -> Tensor:
-        return penalty._value(w.abs())
+        return penalty._value(widened(w).abs()).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Separable], output: Tensor) -> None:
@@ -46,11 +46,15 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.penalty._gradient(ctx.saved_tensors[0]), None
+        return grad * _exact_gradient(ctx.penalty, ctx.saved_tensors[0]), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent * ctx.penalty._gradient(ctx.saved_tensors[0])
+        return tangent * _exact_gradient(ctx.penalty, ctx.saved_tensors[0])
+
+
+def _exact_gradient(penalty: Separable, w: Tensor) -> Tensor:
+    return penalty._gradient(widened(w)).to(w.dtype)
 
 
 class Separable:
@@ -80,7 +84,7 @@ class Separable:
     @torch.no_grad()
     def gradient(self, w: Tensor) -> Tensor:
         """The gradient of `value`, without autograd; 0 at 0, where it is the shortest subgradient."""
-        return chunked(self._gradient, check_floats("w", w, 0).detach())
+        return chunked(lambda part: _exact_gradient(self, part), check_floats("w", w, 0).detach())
 
     @torch.no_grad()
     def eta(self, w: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ class Separable:
             ArgumentError: `w` is no real floating-point tensor.
             UsageError: Entries are NaN.
         """
-        return chunked(lambda part: self._eta(part.abs()), check_weights(w).detach())
+        return chunked(lambda part: self._eta(widened(part).abs()).to(part.dtype), check_weights(w).detach())
 
     @torch.no_grad()
     def survival_rate(self, w: Tensor, strength: float) -> Tensor:
@@ -103,7 +107,8 @@ class Separable:
         number = check_positive("strength", strength)
 
         def rate(part: Tensor) -> Tensor:
-            return self._eta(part.abs()).reciprocal().mul_(number).add_(1).reciprocal_()
+            odds = self._eta(widened(part).abs()).reciprocal().mul_(number)
+            return odds.add_(1).reciprocal_().to(part.dtype)
 
         return chunked(rate, check_weights(w).detach())
 
@@ -119,15 +124,15 @@ class Separable:
             ArgumentError: `w` is no real floating-point tensor, or `step` no number.
             UsageError: Entries are NaN, or `step` is negative, not finite or of the wrong shape.
         """
-        weights = check_weights(w).detach()
-        return self._prox(weights, check_elementwise_step(step, weights))
+        weights = widened(check_weights(w).detach())
+        return self._prox(weights, check_elementwise_step(step, weights)).to(w.dtype)
 
     def dual(self, eta: Tensor) -> Tensor:
         """``f(eta)`` of (3), elementwise, for entries in [0, infinity].
 
         Its derivative is ``w^2 / eta^2`` at the weight w whose eta this is; where f has kinks, one of them.
         """
-        return self._dual(check_floats("eta", eta, 0))
+        return self._dual(widened(check_floats("eta", eta, 0))).to(eta.dtype)
 
     def _value(self, magnitude: Tensor) -> Tensor:
         raise NotImplementedError

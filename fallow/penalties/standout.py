@@ -58,7 +58,8 @@ class Standout(Separable):
         return magnitude * (-self.kappa * magnitude - self.beta).exp()
 
     def _gradient(self, w: Tensor) -> Tensor:
-        return w * (-self.kappa * w.abs() - self.beta).exp()
+        rate = (-self.kappa * w.abs() - self.beta).exp()
+        return torch.where(rate == 0, 0.0, w) * rate  # not infinity times 0
 
     def _eta(self, magnitude: Tensor) -> Tensor:
         return (self.kappa * magnitude).add_(self.beta).exp_()

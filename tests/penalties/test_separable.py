@@ -174,6 +174,40 @@ def test_a_step_of_0_changes_nothing(penalty: Separable):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_single_precision_rounded(penalty: Separable, dtype: torch.dtype):
+    w = torch.cat([weights(), torch.tensor([300.0, -3e4], dtype=torch.float64)]).to(dtype)
+    for name in ("value", "gradient", "eta", "dual"):
+        of = getattr(penalty, name)
+        x = w.abs() if name == "dual" else w
+        assert torch.equal(of(x), of(x.float()).to(dtype))
+    assert torch.equal(penalty.survival_rate(w, 0.1), penalty.survival_rate(w.float(), 0.1).to(dtype))
+    assert torch.equal(penalty.prox(w, 0.5), penalty.prox(w.float(), 0.5).to(dtype))
+    w.requires_grad_()
+    (found,) = torch.autograd.grad(penalty.total(w), w)
+    assert torch.equal(found, penalty.gradient(w))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_number_is_too_small_or_too_large_for_derivatives_and_the_prox(
+    penalty: Separable, dtype: torch.dtype
+):
+    tiny = torch.finfo(dtype).tiny
+    w = torch.tensor([0.0, tiny / 8, tiny, 1e-30, 1e-12, 1.0, 1e6, 1e15], dtype=dtype)
+    w = torch.cat([w, -w, w.new_tensor([math.inf, -math.inf])])
+    assert not bool(penalty.gradient(w).isnan().any())
+    assert not bool(penalty.eta(w).isnan().any())
+    for step in (0.0, 1e-30, 0.3, 1e9):
+        for given in (step, torch.full_like(w, step)):
+            x = penalty.prox(w, given)
+            assert bool((x.abs() <= w.abs() * (1 + 1e-6)).all())
+            assert bool(((x == 0) | (x.sign() == w.sign())).all())
+            alone = torch.cat([penalty.prox(one, step) for one in w[:-2].split(1)])
+            assert_close(x[:-2], alone) if step else assert_close(x, w, rtol=0, atol=0)
+
+
+@every
 def test_what_is_at_zero_decides_which_weights_become_0(penalty: Separable):
     small, step = grid(-5, -1, 41), 1e-3
     zeros = penalty.prox(small, step) == 0
