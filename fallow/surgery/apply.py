@@ -104,7 +104,7 @@ def apply(
             model that drops paths already or has a handle; an example it cannot run.
         RateError: a rate outside (0, 1], an infeasible budget.
         ArgumentError: an unknown keyword.
-        UsageError: several processes with ``grads="none"``; DataParallel.
+        UsageError: several processes with ``grads="none"``; DataParallel; a compiled model.
 
     References:
         Huang, Sun, Liu, Sedra, Weinberger: Deep Networks with Stochastic Depth (2016), eq. 2-5.
@@ -157,6 +157,11 @@ def _refuse_model(model: nn.Module) -> None:
         raise UsageError(
             "DataParallel copies the model at every step, and draws would be lost with the copies. Use "
             "torch.nn.parallel.DistributedDataParallel, and apply to the model inside before wrapping it."
+        )
+    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+        raise UsageError(
+            "this model is compiled, and torch.compile of an applied model is not supported yet: apply to "
+            "the plain model, and train it as it is."
         )
     if handle_of(model) is not None or any(isinstance(m, Gated) for m in model.modules()):
         raise SiteError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fallow import rows
+from fallow.errors import UsageError
 
 if TYPE_CHECKING:
     from fallow.surgery.branch import Run
@@ -120,6 +121,11 @@ class Rows(torch.Tensor):
         """Pass operations on to the rows; stop at the residual sum."""
         kwargs = kwargs or {}
         name = func.__name__
+        if torch.compiler.is_compiling():  # a graph would keep the draw it was traced with
+            raise UsageError(
+                "torch.compile of an applied model is not supported yet: train the model as it is, or call "
+                "remove() on its handle first."
+            )
         if name in _ADDITIONS and len(args) == 2:
             mine, other = (args[0], args[1]) if isinstance(args[0], Rows) else (args[1], args[0])
             run = mine.run

@@ -250,3 +250,15 @@ def test_batch_norm_with_many_values_a_row_and_in_eval_mode_is_no_concern():
         block.branch[1].eval()
     for _ in range(10):
         model(torch.randn(2, 4))
+
+
+def test_a_compiled_model_is_refused_before_and_after_apply(monkeypatch):
+    for compiled in (torch.compile(Net(), backend="eager"), Net()):
+        if isinstance(compiled, Net):
+            compiled.compile(backend="eager")
+        with pytest.raises(fallow.UsageError, match="compiled"):
+            fallow.apply(compiled, HALF, example=torch.randn(2, 4))
+    model, _ = net()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as while a graph is made
+    with pytest.raises(fallow.UsageError, match=r"torch\.compile of an applied model is not supported yet"):
+        model(torch.randn(2, 4))
