@@ -79,6 +79,8 @@ def _images(x: np.ndarray, where: str) -> np.ndarray:
             f"{where}: shape {x.shape} must be (n, h, w), (n, h, w, c) or (n, c, h, w) with c 1 or 3, and "
             "tell which: reshape it."
         )
+    if not np.prod(x.shape[1:]):
+        raise DataError(f"{where}: shape {x.shape} gives images without pixels: save it again.")
     if x.dtype != np.uint8:
         whole = x.dtype.kind in "iu" and x.size and x.min() >= 0 and x.max() <= 255
         if not whole:

@@ -43,7 +43,7 @@ def find(name: str, data_dir: str | Path | None, size: int | None = None) -> Raw
 def _roots(data_dir: str | Path | None) -> list[Path]:
     if data_dir is None:
         return [Path(need("platformdirs", "lab").user_cache_dir("fallow")) / "data", Path("data")]
-    root = Path(data_dir).expanduser()
+    root = Path(os.path.expanduser(data_dir))  # unlike Path's own, it lets an unknown user's ~ stand
     if not os.path.exists(root):
         raise DataError(f"the data folder {root} does not exist: pass the folder that holds the files.")
     if not os.path.isdir(root):

@@ -152,7 +152,7 @@ class Paper:
         """The items of these names at a scale; all of them for no name.
 
         Raises:
-            UsageError: a scale or an item that there is not.
+            UsageError: a scale or an item that there is not, or an item that this scale has not.
         """
         if scale not in self.scales:
             raise UsageError(f"{self.name} has no scale {scale}: there are {', '.join(self.scales)}")
@@ -162,6 +162,10 @@ class Paper:
                 close = nearest(name, names)
                 hint = f"did you mean {close}? There" if close else "there"
                 raise UsageError(f"{self.name} has no item {name}: {hint} are {', '.join(names)}")
+            cells = next(item.cells for item in self.items if item.name == name)
+            if not cells.get(scale):
+                has = ", ".join(other for other in self.scales if cells.get(other))
+                raise UsageError(f"{self.name} has {name} at --scale {has} alone, not at {scale}")
         return [item for item in self.items if not only or item.name in only]
 
     def cells(self, items: Sequence[Item], scale: str) -> list[Cell]:

@@ -173,11 +173,12 @@ def alone(home: Path) -> Iterator[None]:
         return
     try:
         home.mkdir(parents=True, exist_ok=True)
+        lock = (home / _LOCK).open("w")
     except OSError as error:
         raise UsageError(
-            f"the folder {home} cannot be made ({error.strerror}): name another with --out"
+            f"the folder {home} cannot be made or written to ({error.strerror}): name another with --out"
         ) from None
-    with (home / _LOCK).open("w") as file:
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fallow import data
-from fallow.errors import DataError, UsageError, check_count, nearest
+from fallow.errors import DataError, RunError, UsageError, check_count, nearest
 from fallow.papers import _cells, hayou2021, huang2016, lejeune2021, pal2020
 from fallow.papers._experiments import Cell, Paper
 from fallow.papers._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
@@ -150,6 +150,7 @@ def reproduce(
     Raises:
         UsageError: an unknown paper, item or scale; a scale that wants a GPU without one; a folder in use.
         DataError: an image set is not there; nothing was run then.
+        RunError: a process that ran cells was killed; the same call goes on.
         Interrupted: on request; the same call goes on.
     """
     chosen = paper if isinstance(paper, Paper) else paper_of(paper)
@@ -163,7 +164,7 @@ def reproduce(
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
     try:
         outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
-    except Interrupted:
+    except (Interrupted, RunError):  # on request, or a worker was killed
         write_results(chosen, scale, home, command, [], remarks)
         raise
     write_results(chosen, scale, home, command, outcomes, remarks)
@@ -219,7 +220,7 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
 
 def _need_data(cells: Sequence[Cell], data_dir: str | None, without: str = "") -> None:
     """Read every image set once before anything runs, so that a missing one costs no time."""
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+    if data_dir is not None and not os.path.isdir(os.path.expanduser(data_dir)):
         raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
     missing: dict[str, DataError] = {}
     for name in sorted({cell.data for cell in cells if cell.data}):

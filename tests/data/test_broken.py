@@ -262,6 +262,7 @@ def test_image_folders(tmp_path):
         ({"x_train": np.full((23, 28, 28), 256)}, "must be whole numbers 0..255 (uint8), got int64"),
         ({"x_train": np.zeros((23, 784), np.uint8)}, "shape (23, 784) must be"),
         ({"x_train": np.zeros((23, 3, 3, 3), np.uint8)}, "tell which: reshape it"),
+        ({"x_train": np.zeros((23, 0, 28), np.uint8)}, "images without pixels"),
         ({"x_train": np.zeros((22, 28, 28), np.uint8)}, "22 images but 23 labels"),
         ({"x_train": np.zeros((23, 28, 27), np.uint8)}, "the shapes (1, 28, 27) and (1, 28, 28)"),
         ({"x_train": np.zeros((0, 28, 28), np.uint8), "y_train": np.zeros(0, int)}, "no images in it"),

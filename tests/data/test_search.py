@@ -88,8 +88,9 @@ def test_an_unknown_name(name, near):
 
 
 def test_folders_that_cannot_be(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        load("mnist", tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "~nobody-of-this-name/nowhere"):
+        with pytest.raises(DataError, match="nowhere does not exist"):
+            load("mnist", nowhere)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="file is a file: pass the folder that holds it"):
         load("mnist", tmp_path / "file")

@@ -216,6 +216,13 @@ def test_a_cell_that_raises_anything_counts_as_failed(tmp_path: Path):
 def test_a_worker_that_is_killed_is_said_in_words(tmp_path: Path):
     with pytest.raises(RunError, match="was killed, most often for want of memory.*fewer than --jobs 2"):
         shelf.reproduce(paper(tmp_path, work=dies), jobs=2, out=tmp_path / "out")
+    assert results(tmp_path / "out")["status"] == "partial"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_in_words(tmp_path: Path):
+    (tmp_path / "out" / ".lock").mkdir(parents=True)  # what else refuses root a file there
+    with pytest.raises(UsageError, match="out cannot be made or written to .*: name another with --out"):
+        shelf.reproduce(paper(tmp_path), jobs=1, out=tmp_path / "out")
 
 
 def test_unknown_papers_items_and_scales_list_what_there_is(tmp_path: Path):
@@ -225,6 +232,8 @@ def test_unknown_papers_items_and_scales_list_what_there_is(tmp_path: Path):
         shelf.reproduce(paper(tmp_path), only=["firs"], out=tmp_path)
     with pytest.raises(UsageError, match="no scale huge: there are tiny"):
         shelf.reproduce(paper(tmp_path), scale="huge", out=tmp_path)
+    with pytest.raises(UsageError, match="lejeune2021 has tuning at --scale small alone, not at tiny"):
+        shelf.reproduce("lejeune2021", only=["tuning"], out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
