@@ -34,7 +34,12 @@ class Gated(nn.Module):
         return self.__dict__["_fallow_gate"](super().__call__, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Dynamic classes cannot be found by name: rebuild from the class below."""
+        """Dynamic classes cannot be found by name: rebuild from the class below.
+
+        One that something made a subclass of since (a parametrisation) is copied, or not, as that says.
+        """
+        if "_fallow_base" not in type(self).__dict__:
+            return super().__reduce_ex__(protocol)
         return _rebuild, (_base(type(self)),), self.__getstate__()
 
 

@@ -244,3 +244,19 @@ def test_a_rate_of_one_takes_the_gate_off_and_a_lower_one_puts_it_on_again():
     handle.set_rates(fallow.rates.uniform(0.5))
     assert all(type(block.branch) is gated for block in model.blocks)
     assert handle.expected_depth == 2
+
+
+def test_a_gated_module_that_is_parametrised_is_copied_and_pickled_as_torch_has_it():
+    block = nn.TransformerDecoderLayer(4, 1, 8, 0.0, batch_first=True)
+    x = torch.randn(3, 5, 4)
+    example = {"tgt": x, "memory": x}
+    handle = fallow.apply(block, fallow.rates.uniform(0.5), example=example, mode="row")
+    assert "linear1" in {name for site in handle.sites for name in site.modules}
+    nn.utils.parametrizations.weight_norm(block.linear1)
+    other = copy.deepcopy(block)
+    assert torch.equal(other(**example), block(**example))
+    with pytest.raises(RuntimeError, match="parametrized modules"):
+        pickle.dumps(block)
+    handle.remove()
+    nn.utils.parametrize.remove_parametrizations(block.linear1, "weight")
+    assert type(block.linear1) is nn.Linear
