@@ -106,9 +106,10 @@ class Arm:
     def _forward_backward(self, batch: tuple[Tensor, Tensor]) -> tuple[float, float, float, float]:
         """Gradients of the batch; its loss, number of errors, realised depth and cost."""
         self.optimiser.zero_grad(set_to_none=True)
-        pieces = self.config.accumulate
+        # even pieces, none of one image: the last batch of an epoch may be small
+        pieces = max(min(self.config.accumulate, len(batch[1]) // 2), 1)
         loss, wrong, depth, cost = 0.0, 0.0, 0.0, 0.0
-        for x, y in zip(batch[0].chunk(pieces), batch[1].chunk(pieces), strict=True):
+        for x, y in zip(batch[0].tensor_split(pieces), batch[1].tensor_split(pieces), strict=True):
             share = len(y) / len(batch[1])
             with _autocast(self.config):
                 out = self.model(x)
@@ -252,7 +253,7 @@ def droppable_time(
         return None
     whole = min(max(1 - found["median"], 0.0), 1.0)
     include, exclude = config.include or None, config.exclude or None
-    piece = [tuple(part.chunk(config.accumulate)[0] for part in batch)]  # what a step holds at once
+    piece = [tuple(part.tensor_split(config.accumulate)[0] for part in batch)]  # what a step holds at once
     with _autocast(config):
         parts = costs(
             dense, piece, kind="time", granularity=config.granularity, include=include, exclude=exclude

@@ -90,6 +90,17 @@ def test_pieces_of_a_batch_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*after, strict=True))
 
 
+@pytest.mark.parametrize("images", [2, 3, 7, 10])
+def test_no_piece_of_a_batch_is_a_single_image(images: int):
+    digits = data.load("digits", train_size=60)
+    config = settled(model="resnet20", accumulate=4, batch_size=10)
+    arm, seen = Arm("twin", build(config, digits), config, 9), []
+    arm.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    x, y = Batches(digits, config).at(0)
+    arm.step((x[:images], y[:images]), 0.1, 0)
+    assert sum(seen) == images and min(seen) >= 2 and max(seen) - min(seen) <= 1
+
+
 # --- measurements -----------------------------------------------------------------------------------------
 
 
