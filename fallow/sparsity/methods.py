@@ -283,7 +283,9 @@ def moments(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: Wei
 def step_size(optimiser: torch.optim.Optimizer, group: dict[str, Any], weight: Weight) -> Any:
     """The optimiser's step for a unit of gradient: its rate, over the root second moment where it has one.
 
-    For a group of entries the mean over them. Read it before a scheduler moves the rate.
+    For a group of entries the harmonic mean over them: a common factor then moves it as far as it moves the
+    entries in the optimiser's measure, and one that never had a gradient, whose step is 1e8 rates, does not
+    speak for all. Read it before a scheduler moves the rate.
     """
     return _step(moments(optimiser, group, weight), weight)
 
@@ -294,11 +296,10 @@ def _step(found: Moments, weight: Weight) -> Any:
         return rate
     root = second.sqrt()
     torch.add(second.new_tensor(offset), root, alpha=correction, out=root)
-    step = torch.div(second.new_tensor(rate), root, out=root)
-    if weight.axis is None:
-        return step
-    axes = [i for i in range(step.dim()) if i != weight.axis]
-    return step.mean(axes).unflatten(0, (-1, weight.size)).mean(1)
+    if weight.axis is not None:
+        axes = [i for i in range(root.dim()) if i != weight.axis]
+        root = root.mean(axes).unflatten(0, (-1, weight.size)).mean(1)
+    return torch.div(second.new_tensor(rate), root, out=root)
 
 
 def _differentiable(weight: Weight) -> Tensor:

@@ -114,12 +114,27 @@ def test_prox_minimises_its_definition_with_the_steps_of_the_optimiser(kind: typ
         state = optimiser.state[layer.weight]
         step = 0.1 / ((state["exp_avg_sq"] / (1 - 0.999)).sqrt() + 1e-8)
     if groups == "outputs":
-        step = step.mean(1)
+        step = 1 / step.reciprocal().mean(1)
         norm = before.square().mean(1).sqrt()
         expected = before * (omega.prox(norm, step * strength) / norm)[:, None]
     else:
         expected = omega.prox(before, step * strength)
     torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("method", ["prox", "adaprox"])
+@pytest.mark.parametrize("groups", ["outputs", "heads"])
+def test_an_input_that_is_always_0_does_not_take_the_groups_that_read_it(method: str, groups: str) -> None:
+    model = nn.MultiheadAttention(8, 2, bias=False) if groups == "heads" else nn.Linear(8, 3)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    run = sparsify(model, method=method, groups=groups, strength=1e-3, optimiser=optimiser)
+    w = run.weights[0].parameter
+    w.grad = torch.randn(w.shape)
+    w.grad[:, 1] = 0.0  # as a dead ReLU before it leaves it
+    before = w.detach().clone()
+    optimiser.step()
+    run.update()
+    assert float((w.detach() - before).norm()) < 0.1 * float(before.norm())
 
 
 def test_adaprox_ends_where_the_penalty_does_but_for_the_order_of_its_step() -> None:
