@@ -103,18 +103,18 @@ def write_report(
             or the files of plans, or of explanations.
         out: where to write; a folder gets a `report.html`. Default: `report.html` in the first run's folder,
             of a plan or an explanation a page of its file's name beside it.
-            Reproductions also make a page of documentation: a path that ends in `.md`.
+            Reproductions of one paper also make a page of documentation: a path that ends in `.md`.
 
     Returns:
         The path of the page.
 
     Raises:
-        UsageError: no run is named; several kinds are named together.
+        UsageError: no run is named; several kinds are named together; Markdown of anything but one paper.
         DataError: a run's results are missing or cannot be understood.
         RunError: the page cannot be written.
         MissingExtra: matplotlib or jinja2 is not installed.
     """
-    from fallow.report import _page
+    from fallow.report import _page, _words
 
     listed = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     paths = [Path(folder) for folder in listed]
@@ -128,6 +128,11 @@ def write_report(
     target = target / "report.html" if target.is_dir() else target
     if len(kinds) > 1:
         raise UsageError(f"A report is of one kind of results, got {' and '.join(sorted(kinds))}: make two.")
+    papers = {str(_words.get(results, "paper", "name")) for results in found}
+    if target.suffix == ".md" and (kinds != {"paper"} or len(papers) > 1):
+        raise UsageError(
+            f"A page in Markdown is of one reproduced paper: name {target.with_suffix('.html')}."
+        )
     if kinds == {"paper"}:
         from fallow.report import _markdown, _paper
 

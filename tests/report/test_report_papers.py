@@ -210,6 +210,17 @@ def test_runs_and_reproductions_do_not_mix(folder: Path, tmp_path: Path, results
         write_report([folder, run])
 
 
+def test_markdown_is_of_one_paper(folder: Path, tmp_path: Path, results: dict[str, Any]):
+    run, other = tmp_path / "run.json", tmp_path / "other.json"
+    run.write_text(json.dumps(results))
+    found = changed()
+    other.write_text(json.dumps({**found, "paper": {**found["paper"], "name": "other1999"}}))
+    for several in ([run], [folder, other]):
+        with pytest.raises(UsageError, match="Markdown is of one reproduced paper: name .*page.html"):
+            write_report(several, tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_a_results_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(DataError):
         read_results(tmp_path / "tiny.json")
