@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow import rows as subset
-from fallow.errors import ArgumentError, check_choice, check_rate, refuse_unknown
+from fallow.errors import ArgumentError, UsageError, check_choice, check_rate, refuse_unknown
 from fallow.rows import Selection
 
 _KEYWORDS = ("survival_rate", "mode", "sampler", "scale", "rows", "training", "generator")
@@ -58,7 +58,7 @@ def stochastic_depth(
     Raises:
         RateError: a rate outside (0, 1].
         ArgumentError: an unknown keyword, or p= and drop_prob= in place of survival_rate=.
-        UsageError: another word than those above.
+        UsageError: a tensor without rows or of integers; another word than those above.
 
     Estimator:
         Unbiased for ``x + branch(x)`` with ``scale="train"``; variance ``(1-p)/p branch(x)^2`` elementwise.
@@ -68,6 +68,11 @@ def stochastic_depth(
     """
     refuse_unknown("stochastic_depth", unknown, _KEYWORDS)
     p = _checked(survival_rate, mode, sampler, scale, rows)
+    if x.dim() == 0 or not (x.is_floating_point() or x.is_complex()):
+        raise UsageError(
+            f"stochastic_depth takes rows of real or complex numbers, (rows, ...), got {x.dtype} of shape "
+            f"{tuple(x.shape)}"
+        )
     if not training or p == 1:
         z = branch(x)
         return torch.add(x, z, alpha=p) if scale == "eval" and p < 1 else x + z

@@ -17,6 +17,7 @@ from fallow.planning import allocate, sensitivity
 from fallow.planning import cost as costing
 from fallow.planning.plan import Plan
 from fallow.planning.sensitivity import Sensitivities
+from fallow.surgery.decide import check_seed
 from fallow.surgery.tap import Taps, tapped
 
 _LOW = 0.3
@@ -88,6 +89,7 @@ def plan(
     check_rate(budget, name="budget")
     check_rate(minimum_rate, name="minimum_rate")
     allocate.check_gamma(gamma)
+    check_seed(seed)
     sensed = method in ("auto", "sensemode")
     if sensed and not callable(loss_fn):
         raise ArgumentError(

@@ -48,7 +48,7 @@ class RunningSensitivities:
     """
 
     def __init__(self, handle: Handle, *, decay: float = 0.5) -> None:
-        if not 0 <= decay < 1:
+        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise UsageError(f"decay must be in [0, 1), got {decay!r}")
         self.handle, self.decay = handle, decay
         names = [site.name for site in handle.sites]
@@ -108,8 +108,14 @@ class RunningSensitivities:
         """Go on where `state_dict` was taken.
 
         Raises:
+            UsageError: it is not what `state_dict` gave.
             SiteError: the state is of a model with other sites.
         """
+        fields = ("seen", "sums", "average")
+        if not isinstance(state, Mapping) or not all(isinstance(state.get(f), Mapping) for f in fields):
+            raise UsageError(
+                f"running sensitivities go on from {', '.join(fields)} by site: pass what state_dict() gave"
+            )
         if set(state["seen"]) != set(self._seen):
             raise SiteError("the running sensitivities are of a model with other sites")
         self._seen = {name: int(state["seen"][name]) for name in self._seen}

@@ -22,6 +22,7 @@ from fallow import masks
 from fallow.errors import SiteError, check_choice, check_count, check_rate
 from fallow.feed import LossFunction, Pair, loss_of, pairs, rows_of
 from fallow.surgery.branch import BranchState, Run
+from fallow.surgery.decide import check_seed
 from fallow.surgery.tap import Taps, gated, inputs_only, seed_of_graph, tapped
 
 REDUCTIONS = ("absolute", "signed", "leave_one_out", "masked")
@@ -111,6 +112,7 @@ def sensitivities(
     check_choice("reduction", reduction, REDUCTIONS)
     check_rate(survival_rate)
     check_count("draws", draws, 1)
+    check_seed(seed)
     found = pairs(model, batches, max_batches, "sensitivities")
     with tapped(model, found[0][0], granularity=granularity, include=include, exclude=exclude) as taps:
         return measure(taps, loss_fn, found, reduction, survival_rate, draws, seed)

@@ -245,7 +245,7 @@ class Handle:
         """Go on where `state_dict` was taken.
 
         Raises:
-            UsageError: fields are missing.
+            UsageError: fields are missing or are not what `state_dict` gives.
             SiteError: the state is of a model with other sites.
         """
         if not isinstance(state, Mapping):
@@ -260,6 +260,10 @@ class Handle:
             raise UsageError(f"the handle's schedule must be what state_dict() gave, got {schedule!r}")
         schedule = None if schedule is None else schedules.from_dict(schedule)
         seed, draw = check_seed(state["seed"]), check_count("the handle's draw", state["draw"])
+        clock, time = check_count("the handle's clock", state.get("clock", draw)), state.get("time")
+        if time is not None:
+            check_count("the handle's time", time)
+        seen = _checked_stats(state.get("stats", {}))
         saved = state["rates"] if isinstance(state["rates"], Mapping) else {}
         other = [n for n in saved if n not in self.rates] or [n for n in self.rates if n not in saved]
         if other:
@@ -268,11 +272,9 @@ class Handle:
         self._decider.schedule, self._decider.book.count = schedule, draw
         self._decider.options = replace(self.options, seed=seed)
         self._decider.book.current = self._decider.book.loose = None
-        clock = self._decider.clock
-        clock.start, clock.draws, clock.steps = int(state.get("clock", draw)), draw, 0
-        clock.set = state.get("time")
-        for name, seen in state.get("stats", {}).items():
-            self._decider.stats[name] = list(seen)
+        going = self._decider.clock
+        going.start, going.draws, going.steps, going.set = clock, draw, 0, time
+        self._decider.stats |= {name: pair for name, pair in seen.items() if name in self.rates}
 
     @contextmanager
     def deciding(self, decide: Callable[[BranchState, Entry], Run | None]) -> Iterator[None]:
@@ -373,6 +375,16 @@ class Handle:
             f"Handle({len(self.sites)} sites, mode={o.mode!r}, sampler={o.sampler!r}, scale={o.scale!r}, "
             f"expected cost {self.expected_cost:.3f}, draw {self.draw})"
         )
+
+
+def _checked_stats(stats: Any) -> dict[str, list[float]]:
+    """Forwards and kept shares by site, as a state has them."""
+    try:
+        return {str(name): [float(count), float(kept)] for name, (count, kept) in dict(stats).items()}
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"the handle's stats must be two numbers for each site, as state_dict() gives them, got {stats!r}"
+        ) from None
 
 
 def handle_of(model: nn.Module) -> Handle | None:

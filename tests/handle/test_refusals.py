@@ -262,3 +262,26 @@ def test_a_compiled_model_is_refused_before_and_after_apply(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as while a graph is made
     with pytest.raises(fallow.UsageError, match=r"torch\.compile of an applied model is not supported yet"):
         model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stats", 3), ("stats", {"blocks.0": 3}), ("clock", "x"), ("time", "x"), ("time", -3), ("draw", 1.5)],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(field, value):
+    model, handle = net()
+    model(torch.randn(2, 4))
+    state = handle.state_dict()
+    with pytest.raises(fallow.UsageError, match=field):
+        handle.load_state_dict({**state, "seed": 5, field: value})
+    assert handle.state_dict() == state
+
+
+def test_running_sensitivities_refuse_what_is_no_state_of_theirs():
+    _, handle = net()
+    with pytest.raises(fallow.UsageError, match="decay"):
+        fallow.planning.RunningSensitivities(handle, decay="fast")  # pyright: ignore[reportArgumentType]
+    running = fallow.planning.RunningSensitivities(handle)
+    for state in ({}, 3, {"seen": {}, "sums": {}}):
+        with pytest.raises(fallow.UsageError, match="state_dict"):
+            running.load_state_dict(state)  # pyright: ignore[reportArgumentType]

@@ -249,3 +249,9 @@ def test_other_words_are_refused(call: Any, option: str) -> None:
 def test_the_rate_is_needed(call: Any) -> None:
     with pytest.raises(fallow.ArgumentError, match="survival_rate"):
         call()
+
+
+@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(3, 2, dtype=torch.int64)])
+def test_what_has_no_rows_or_holds_integers_is_refused(x):
+    with pytest.raises(fallow.UsageError, match=r"rows of real or complex numbers.*got torch"):
+        fallow.stochastic_depth(x, lambda x: x, survival_rate=0.7, mode="row")

@@ -200,6 +200,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes):
         ({"minimum_rate": 0, "method": "sensemode"}, RateError, "minimum_rate must be in"),
         ({"gamma": -1, "method": "sensemode"}, UsageError, "gamma must be"),
         ({"gamma": -1, "method": "uniform"}, UsageError, "gamma must be"),
+        ({"seed": "a", "reduction": "masked"}, UsageError, "seed must be a whole number"),
         ({"method": "best"}, UsageError, 'method must be "auto"'),
         ({"cost": "joules"}, UsageError, 'cost must be "flops"'),
         ({"loss_fn": None}, ArgumentError, r"pass loss_fn\(output, target\)"),
