@@ -49,7 +49,8 @@ class HardThreshold:
     @torch.no_grad()
     def gradient(self, w: Tensor) -> Tensor:
         """0 on the k largest, infinite with the weight's sign on what else is not 0."""
-        return torch.where(self._kept(w), 0.0, torch.inf).to(w.dtype) * w.sign().where(~self._kept(w), 1.0)
+        free = self._kept(w) | (w == 0)
+        return torch.where(free, 0.0, torch.inf * w)
 
     @torch.no_grad()
     def eta(self, w: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def test_hard_thresholding_keeps_for_certain_or_not_at_all():
     assert penalty.eta(w).tolist() == [math.inf, math.inf, 0]
     assert penalty.gradient(w).tolist() == [0, 0, math.inf]
     assert penalty.gradient(torch.tensor([3.0, -4.0, -1.0])).tolist() == [0, 0, -math.inf]
+    assert penalty.gradient(torch.tensor([0.0, 2.0, 0.0, 0.0])).tolist() == [0, 0, 0, 0]
     assert penalty.dual(penalty.eta(w)) == 0 and penalty.dual(w) == math.inf
     assert penalty.at_zero == "barrier"
     assert torch.equal(penalty.prox(w, 0.0), w)
