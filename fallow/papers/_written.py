@@ -30,12 +30,15 @@ def is_done(cell: Cell, home: Path) -> bool:
 
 
 def results_in(home: Path) -> dict[str, Any]:
-    """What a reproduction left in its folder; empty where that cannot be read."""
+    """What a reproduction left in its folder; empty where that cannot be read, in whole or in part."""
     try:
         found = json.loads((home / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not found or not isinstance(found, dict):
+        return {}
+    parts = {key: found[key] for key in ("paper", "provenance") if isinstance(found.get(key), dict)}
+    return {**found, "paper": {}, "provenance": {}, **parts}
 
 
 def write_results(

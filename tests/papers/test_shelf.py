@@ -269,6 +269,21 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path):
         shelf.reproduce(paper(tmp_path), out=tmp_path / "thesis.tex")
 
 
+@pytest.mark.parametrize(("change", "refused"), [({"paper": 3}, True), ({"provenance": 3}, False)])
+def test_results_that_were_changed_are_of_something_else_or_made_anew(
+    tmp_path: Path, change: dict[str, Any], refused: bool
+):
+    home = shelf.reproduce(paper(tmp_path), jobs=1, out=tmp_path / "out").folder
+    before = results(home)
+    (home / "results.json").write_text(json.dumps({**before, **change}))
+    if refused:
+        with pytest.raises(UsageError, match="holds something else"):
+            shelf.reproduce(paper(tmp_path), jobs=1, out=home)
+        return
+    shelf.reproduce(paper(tmp_path), jobs=1, out=home)
+    assert results(home)["items"] == before["items"] and "command" in results(home)["provenance"]
+
+
 def test_a_label_that_nobody_knows_is_refused():
     with pytest.raises(UsageError, match="paper, lit, derived, memory"):
         Known("x", "certain", "y", 1.0)
