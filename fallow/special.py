@@ -34,6 +34,7 @@ def dawson(x: Tensor) -> Tensor:
 
     Estimator:
         Within 1e-15 relative in double precision, within an ulp or two in single, for all x; no overflow.
+        Half precision is computed in single.
 
     Raises:
         ArgumentError: `x` is no real floating-point tensor.
@@ -42,7 +43,7 @@ def dawson(x: Tensor) -> Tensor:
         >>> dawson(torch.tensor([0.0, 1.0, -1e30], dtype=torch.float64))
         tensor([ 0.0000e+00,  5.3808e-01, -5.0000e-31], dtype=torch.float64)
     """
-    return _Dawson.apply(_floats("x", x))  # pyright: ignore[reportReturnType]
+    return _Dawson.apply(widened(_floats("x", x))).to(x.dtype)  # pyright: ignore
 
 
 def variational_kl(r: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def variational_kl(r: Tensor) -> Tensor:
         >>> variational_kl(torch.tensor([0.01, 1.0, 300.0], dtype=torch.float64))
         tensor([0.0050, 0.4267, 3.4854], dtype=torch.float64)
     """
-    return _Divergence.apply(_floats("r", r))  # pyright: ignore[reportReturnType]
+    return _Divergence.apply(widened(_floats("r", r))).to(r.dtype)  # pyright: ignore
 
 
 class _Dawson(torch.autograd.Function):
@@ -170,6 +171,11 @@ def _odd_series(square: Tensor, *, shift: bool = False) -> Tensor:
         term = term * (2 * k - 1) / wide
         total = total + (term / (2 * k) if shift else term)
     return total
+
+
+def widened(t: Tensor) -> Tensor:
+    """Half precision as float32, in which squares do not overflow and tables have their digits."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _floats(name: str, value: object) -> Tensor:

@@ -199,6 +199,7 @@ def test_the_flags_are_made_from_the_options():
         (["train", "--epoch", "3"], "--epoch"),
         (["train", "--bogus"], "--bogus"),
         (["train", "--exclude", "nosuch*"], "nosuch"),
+        (["train", "--data", "mnist", "--data-dir", "~nosuch/data"], "~nosuch/data does not exist"),
         (["train", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere"),
         (["train", "--resume", "nowhere"], "no run to resume"),
         (["train", "--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "fallow.errors": 0,
     "fallow._version": 0,
+    "fallow.paths": 0,
     "fallow.rates": 1,
     "fallow.schedules": 1,
     "fallow.masks": 1,

@@ -26,6 +26,13 @@ def test_dawson_is_that_of_scipy_at_every_magnitude() -> None:
     torch.testing.assert_close(dawson(x), torch.as_tensor(scipy.dawsn(x.numpy())), rtol=2e-14, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_single_precision_rounded(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1e-3, 0.5, 3.0, 200.0, 6e4]).to(dtype)
+    for function in (dawson, variational_kl):
+        assert torch.equal(function(x), function(x.float()).to(dtype))
+
+
 def test_the_divergence_is_an_integral_of_dawson_and_the_defining_expectation() -> None:
     r = log_space(-6, 3, 30)
     top = (r / 2).sqrt()

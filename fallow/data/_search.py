@@ -14,6 +14,7 @@ from fallow.data._names import CIFAR10, CIFAR100, DIGITS, FASHION, CifarLayout
 from fallow.data._npz import read_npz
 from fallow.data._svhn import read_svhn
 from fallow.errors import DataError, need
+from fallow.paths import expanded
 
 _DEFAULT_SIZE = 32
 
@@ -43,7 +44,7 @@ def find(name: str, data_dir: str | Path | None, size: int | None = None) -> Raw
 def _roots(data_dir: str | Path | None) -> list[Path]:
     if data_dir is None:
         return [Path(need("platformdirs", "lab").user_cache_dir("fallow")) / "data", Path("data")]
-    root = Path(os.path.expanduser(data_dir))  # unlike Path's own, it lets an unknown user's ~ stand
+    root = expanded(data_dir)
     if not os.path.exists(root):
         raise DataError(f"the data folder {root} does not exist: pass the folder that holds the files.")
     if not os.path.isdir(root):

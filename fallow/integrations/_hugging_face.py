@@ -14,6 +14,7 @@ from torch import nn
 from fallow.errors import UsageError, nearest, need
 from fallow.integrations._weights import refuse_misfits
 from fallow.integrations.torchvision import need_transformers
+from fallow.paths import expanded
 
 _WEIGHTS = (
     "model.safetensors",
@@ -41,7 +42,7 @@ def read_config(source: str) -> Any:
         MissingExtra: transformers is not installed.
     """
     auto = need_transformers().AutoConfig
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".json"):
         try:
             with _quietly():
@@ -106,7 +107,7 @@ def build(source: str, classes: int) -> nn.Module:
         config.num_labels = classes
     if hasattr(config, "use_cache"):
         config.use_cache = False  # training keeps no keys and values of earlier calls
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     try:
         with _quietly():
             _refuse_too_large(head, config, source)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.errors import DataError, UsageError, need
+from fallow.paths import expanded
 
 _NESTED = ("state_dict", "model")  # where training scripts keep the weights inside their checkpoints
 _NAMED = 3  # keys that a message names of each kind
@@ -22,7 +23,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         DataError: it is missing, damaged, or holds something else than tensors by name.
         MissingExtra: safetensors is not installed.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise DataError(
             f"there is no file of weights {path}: name a local .safetensors or .pt file, none is downloaded"

@@ -19,6 +19,7 @@ from fallow.errors import DataError, UsageError, nearest, need
 from fallow.integrations import _hugging_face
 from fallow.integrations._weights import put_weights, read_weights
 from fallow.integrations.torchvision import mend_torchvision, need_timm
+from fallow.paths import expanded
 
 __all__ = ["SPARSIFY", "channels_taken", "inputs_taken", "load_model", "run_config", "side_taken"]
 
@@ -68,7 +69,7 @@ def load_model(
     if run is not None:
         weights = Path(name) / _WEIGHTS if weights is None else weights
         name = str(run["model"])
-        if not Path(weights).expanduser().is_file():
+        if not expanded(weights).is_file():
             raise DataError(
                 f"the run has no weights {weights} yet: bring it to its end with fallow "
                 f"{run.get('recipe', 'train')} --resume"
@@ -94,7 +95,7 @@ def _make(name: str, classes: int, channels: int, image: int | tuple[int, int]) 
 def _own(name: str, classes: int, channels: int, image: int | tuple[int, int]) -> nn.Module:
     known = {**models.MODELS, **models.FEEDFORWARD}
     if name not in known:
-        if (Path(name).expanduser() / _CONFIG).is_file():
+        if (expanded(name) / _CONFIG).is_file():
             raise UsageError(f"{name} is not the folder of a run: for one of transformers say hf:{name}")
         listed = f"{', '.join(known)}, {', '.join(s + 'NAME' for s in SOURCES)} or the folder of a run"
         source, colon, _ = name.partition(":")
@@ -183,7 +184,7 @@ def run_config(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         DataError: there is one that cannot be read.
     """
-    path = Path(folder).expanduser() / _CONFIG
+    path = expanded(folder) / _CONFIG
     if str(folder) in models.MODELS or str(folder).startswith(SOURCES) or not path.is_file():
         return None
     try:

@@ -19,6 +19,7 @@ from fallow.papers import _cells, hayou2021, huang2016, lejeune2021, pal2020
 from fallow.papers._experiments import Cell, Paper
 from fallow.papers._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
 from fallow.papers._written import is_done, results_in, write_results
+from fallow.paths import expanded
 from fallow.recipes._stop import Interrupted
 
 __all__ = [
@@ -220,7 +221,7 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
 
 def _need_data(cells: Sequence[Cell], data_dir: str | None, without: str = "") -> None:
     """Read every image set once before anything runs, so that a missing one costs no time."""
-    if data_dir is not None and not os.path.isdir(os.path.expanduser(data_dir)):
+    if data_dir is not None and not os.path.isdir(expanded(data_dir)):
         raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
     missing: dict[str, DataError] = {}
     for name in sorted({cell.data for cell in cells if cell.data}):

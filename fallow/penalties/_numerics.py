@@ -68,11 +68,6 @@ def root_above(holds: Callable[[float], bool], start: float) -> float:
     return high
 
 
-def widened(t: Tensor) -> Tensor:
-    """Half precision as float32, in which squares do not overflow and tables have their digits."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def chunked(function: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
     """An elementwise function of `w`, by pieces that fit a processor's cache.
 

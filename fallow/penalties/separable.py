@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fallow.penalties._checks import check_floats, check_positive
-from fallow.penalties._numerics import check_elementwise_step, check_weights, chunked, widened
+from fallow.penalties._numerics import check_elementwise_step, check_weights, chunked
 from fallow.penalties._prox import conjugate, numeric_prox
+from fallow.special import widened
 
 AtZero = Literal["ridge", "slope", "singular", "barrier"]
 

@@ -152,7 +152,10 @@ def from_sensitivities(
         table = (allocate.uniform if method == "uniform" else allocate.linear)(costs, budget)
     else:
         if known is None:
-            raise UsageError(f'method="{method}" needs sensitivities')
+            raise UsageError(
+                f'method="{method}" needs sensitivities, got None: RunningSensitivities has none until every '
+                "site was measured once; go on training, or measure them with fallow.planning.sensitivities"
+            )
         silent = known.silent if isinstance(known, Sensitivities) else ()
         used, table, reason = _sensed(costs, known, budget, method, minimum_rate, gamma)
         notes += [reason] if reason else []

@@ -16,6 +16,7 @@ from fallow import rates, schedules
 from fallow.data import NAMES
 from fallow.errors import ArgumentError, UsageError, check_choice, check_count, check_rate, nearest
 from fallow.models import MODELS
+from fallow.paths import expanded
 from fallow.planning.allocate import MINIMUM_RATE
 
 PRESETS = ("huang", "adamw")
@@ -165,7 +166,7 @@ class Config:
         epochs = (_DIGITS if digits else _OTHERS)[0] if self.epochs is None else self.epochs
         full = replace(
             self,
-            data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),
+            data_dir=None if self.data_dir is None else str(expanded(self.data_dir).absolute()),
             preset=preset,
             epochs=epochs,
             batch_size=(_DIGITS if digits else _OTHERS)[1] if self.batch_size is None else self.batch_size,
@@ -276,7 +277,7 @@ def _flag(name: str) -> str:
 def _mapping(source: str | Mapping[str, float] | None) -> dict[str, float]:
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(str(source)).expanduser()
+    path = expanded(str(source))
     if not path.is_file():
         raise UsageError(
             f"--rates must be linear, uniform, sensemode or a JSON file, got {source}: there is no such file"

@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from fallow.data import NAMES
 from fallow.errors import ArgumentError, FallowError, UsageError, check_choice, check_count, nearest
 from fallow.models import FEEDFORWARD, MODELS
+from fallow.paths import expanded
 from fallow.penalties.registry import NAMES as PENALTIES
 from fallow.penalties.registry import penalty
 from fallow.penalties.separable import Separable
@@ -107,7 +107,7 @@ class SparseConfig:
         strength = 1.0 if self.method in ("calibrated", "variational") else 1e-4
         full = replace(
             self,
-            data_dir=None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute()),
+            data_dir=None if self.data_dir is None else str(expanded(self.data_dir).absolute()),
             strategy=strategy if self.strategy is None else self.strategy,
             strength=strength if self.strength is None else self.strength,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,

@@ -12,6 +12,7 @@ from torch import nn
 from fallow import data
 from fallow.errors import UsageError
 from fallow.integrations.loading import SPARSIFY, channels_taken, load_model, run_config
+from fallow.paths import expanded
 from fallow.recipes import _results, _sparse_results
 from fallow.recipes._batches import Batches, seed_of
 from fallow.recipes._ending import NotFinite
@@ -78,7 +79,7 @@ def origin(config: SparseConfig) -> Origin:
     if before is None:
         return Origin(config.model)
     command = f"fallow {before.get('recipe', 'train')}"
-    return Origin(str(before["model"]), _weights_in(Path(config.model).expanduser(), command))
+    return Origin(str(before["model"]), _weights_in(expanded(config.model), command))
 
 
 def _weights_in(folder: Path, command: str) -> Path:

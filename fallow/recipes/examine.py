@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fallow.errors import DataError, UsageError, check_choice, check_rate
 from fallow.explaining import Explanation, explain
 from fallow.integrations.loading import run_config
+from fallow.paths import expanded
 from fallow.planning import Plan, plan
 from fallow.recipes._config import Config
 from fallow.recipes._laws import scheme_of
@@ -72,7 +73,7 @@ def _settings(name: str, found: Probe, source: Source) -> dict[str, Any]:
 
 
 def _weights_of(name: str) -> str:
-    local = name.startswith("hf:") and Path(name.removeprefix("hf:")).expanduser().is_dir()
+    local = name.startswith("hf:") and expanded(name.removeprefix("hf:")).is_dir()
     return "of the folder, random where it has none" if local else "random"
 
 
@@ -190,7 +191,7 @@ def _rates(name: str, rates: str | None, budget: float | None, headed: bool) -> 
 def _choice_of_plan(file: str) -> dict[str, Any]:
     """The granularity and the patterns of sites that a plan was made with."""
     try:
-        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))["settings"]
+        settings = json.loads(expanded(file).read_text(encoding="utf-8"))["settings"]
         return {key: settings[key] for key in _SITES if settings.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -214,7 +215,7 @@ def rates_of(run: str | Path) -> dict[str, float]:
     Raises:
         DataError: its results are missing or damaged.
     """
-    path = Path(run).expanduser() / RESULTS
+    path = expanded(run) / RESULTS
     try:
         sites = json.loads(path.read_text(encoding="utf-8"))["sites"]
         return {str(site["name"]): float(site["asked"]) for site in sites}

@@ -162,15 +162,33 @@ class Sparsifier:
         return rates
 
     def masks(self) -> dict[str, Tensor]:
-        """True = kept: the groups that are not zero in the end, as of now."""
+        """True = kept: the groups that are not zero in the end, as of now.
+
+        Of a weight of which survival rates leave nothing the best group stays.
+        """
+        return dict(zip(self._names(), self._kept()[0], strict=True))
+
+    def _kept(self) -> tuple[list[Tensor], list[str]]:
+        """The masks, and the weights that would be empty."""
         if self._masks is not None:
             kept = self._masks
         elif self.target is not None and self.target.control == "ramp":
             kept = [torch.ones_like(w.magnitude(), dtype=torch.bool) for w in self.weights]
         else:
             kept = [rate >= self.cut for rate in self.survival_rates().values()]
-        found = zip(self.weights, kept, strict=True)
-        return {w.name: mask & (w.magnitude(self._method.final(w)) > 0) for w, mask in found}
+        masks, saved = [], []
+        for weight, mask in zip(self.weights, kept, strict=True):
+            there = weight.magnitude(self._method.final(weight)) > 0
+            mask = mask & there
+            if not bool(mask.any()):
+                saved.append(weight.name)
+                if not bool(there.any()):  # cut to 0 by the method itself
+                    there = weight.magnitude() > 0
+                score = self._method.score(weight).masked_fill(~there, -math.inf)
+                best = torch.unravel_index(score.argmax(), score.shape)
+                mask[best] = there[best]
+            masks.append(mask)
+        return masks, saved
 
     def sparsity(self) -> float:
         """The share of the chosen weights that is zero in the end, as of now."""
@@ -197,15 +215,10 @@ class Sparsifier:
             RunError: a weight is not finite; nothing was changed.
         """
         self._refuse_not_finite()
-        found = self.masks()
+        masks, saved = self._kept()
+        self.rescued = [name for name in self._names() if name in self.rescued or name in saved]
         with torch.no_grad():
-            for weight in self.weights:
-                mask = found[weight.name]
-                if not bool(mask.any()):
-                    mask = mask.clone()
-                    mask.view(-1)[int(self._method.score(weight).argmax())] = True
-                    if weight.name not in self.rescued:
-                        self.rescued = [*self.rescued, weight.name]
+            for weight, mask in zip(self.weights, masks, strict=True):
                 weight.parameter.mul_(weight.spread(mask))
 
     def hardened(self) -> nn.Module:

@@ -352,7 +352,10 @@ def test_a_layer_that_survival_rates_would_empty_is_named_once() -> None:
         model.get_parameter("2.weight").mul_(1e-6)
     run = sparsify(model, strategy=penalties.LogSum(2.0), strength=1e-3)
     for _ in range(2):
-        assert int(run.hardened().get_parameter("2.weight").count_nonzero()) == 1
+        hardened = run.hardened()
+        assert int(hardened.get_parameter("2.weight").count_nonzero()) == 1
+        for name, mask in run.masks().items():
+            assert torch.equal(mask, hardened.get_parameter(name) != 0)
     assert run.rescued == ["2.weight"]
 
 
