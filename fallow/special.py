@@ -235,13 +235,14 @@ class Table:
         values = function(low + (start + (local + 1) / 2) / self.scale)
         basis = local.unsqueeze(-1) ** torch.arange(order, dtype=torch.float64)
         self._fits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._exact = torch.linalg.solve(basis, values.T).contiguous()
+        # [degree + 1, intervals], in double precision, of a variable from -1 to 1 in each interval
+        self.coefficients = torch.linalg.solve(basis, values.T).contiguous()
 
     def __call__(self, t: Tensor) -> Tensor:
         """The function at `t`, elementwise; beyond the ends the last polynomial goes on."""
         key = (t.dtype, t.device)
         if key not in self._fits:
-            self._fits[key] = self._exact.to(dtype=t.dtype, device=t.device)
+            self._fits[key] = self.coefficients.to(dtype=t.dtype, device=t.device)
         fit = self._fits[key]
         position = (t - self.low) * self.scale
         # NaN goes to the first interval and stays NaN in the polynomial.

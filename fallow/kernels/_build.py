@@ -164,7 +164,8 @@ def _load(path: Path) -> ctypes.CDLL:
     found.fallow_disturbed.argtypes = [*[pointer] * 4, number, flag, size]
     found.fallow_disturbed_back.argtypes = [*[pointer] * 6, number, flag, size]
     found.fallow_disturbed.restype = found.fallow_disturbed_back.restype = None
-    found.fallow_fitted.argtypes, found.fallow_fitted.restype = [*[pointer] * 4, number, flag, size], size
+    found.fallow_diverged.argtypes = [*[pointer] * 4, number, flag, size, pointer, flag, size, size]
+    found.fallow_diverged.restype = size
     found.fallow_eta_trick.argtypes, found.fallow_eta_trick.restype = (
         [*[pointer] * 4, number, size, size],
         size,

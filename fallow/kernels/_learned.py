@@ -42,16 +42,30 @@ def disturbed_back(
     return found
 
 
-def fitted(log: Tensor, w: Tensor, additive: bool, clip: float) -> tuple[float, list[Tensor]]:
-    """The sum of `fallow.noise.molchanov_kl` and its gradient by `log`; if additive, also that by `w`.
+def diverged(
+    log: Tensor, w: Tensor, additive: bool, clip: float, rest: tuple[Tensor, float, float] | None
+) -> tuple[float, list[Tensor]]:
+    """The sum of variational dropout's divergence and its gradient by `log`; if additive, also that by `w`.
+
+    Args:
+        log: as in `disturbed`.
+        w: as in `disturbed`.
+        additive: the form.
+        clip: as in `disturbed`.
+        rest: what the divergence has beyond ``log(1 + 1 / alpha) / 2`` as a function of log alpha: float32
+            coefficients [6, intervals], where the first interval begins, and how many there are to 1; None:
+            that of `fallow.noise.molchanov_kl`.
 
     Estimator:
         Exact to rounding; not finite where an entry is not.
     """
     found = [torch.empty_like(log), *([torch.empty_like(w)] if additive else [])]
-    total = _library().fallow_fitted(
+    table, low, scale = (None, 0.0, 0.0) if rest is None else rest
+    total = _library().fallow_diverged(
         *(log.data_ptr(), w.data_ptr(), found[0].data_ptr(), found[-1].data_ptr()),
         *(w.numel(), additive, clip),
+        *((None, 0) if table is None else (table.data_ptr(), table.shape[1])),
+        *(low, scale),
     )
     return total, found
 

@@ -164,11 +164,46 @@ void disturbed_back(const float* __restrict log, const float* __restrict w, cons
     }
 }
 
-// The fit of the divergence over all weights, and its gradients. Not finite where a number is not.
-template <bool additive>
-double fitted(const float* __restrict log, const float* __restrict w, float* __restrict log_grad,
-              float* __restrict w_grad, int64_t count, float clip) {
-    constexpr float k1 = 0.63576f, k2 = 1.87320f, k3 = 1.48695f;
+// The divergence is log(1 + 1 / alpha) / 2 and a rest, a function of log alpha that is given as either of these.
+
+// That of the published fit.
+struct Fit {
+    float operator()(float alpha, float& slope) const {
+        constexpr float k1 = 0.63576f, k2 = 1.87320f, k3 = 1.48695f;
+        float bend = exponential(k2 + k3 * alpha), step = 1 / (1 + bend);
+        slope = -k1 * k3 * bend * step * step;
+        return k1 * step;
+    }
+};
+
+// Polynomials of degree 5 on equal intervals, coefficient by coefficient, in a variable from -1 to 1.
+struct Polynomials {
+    const float* table;
+    int32_t intervals;
+    float low, scale;
+
+    float operator()(float alpha, float& slope) const {
+        float position = (alpha - low) * scale, last = (float)intervals;
+        position = position > 0 ? position : 0;  // NaN too, which must not be an index
+        position = position < last ? position : last;
+        int32_t index = (int32_t)position;
+        index = index < intervals ? index : intervals - 1;
+        float local = (position - (float)index) * 2 - 1;
+        float value = table[5 * intervals + index];
+        slope = 0;
+        for (int32_t k = 4; k >= 0; k--) {
+            slope = slope * local + value;
+            value = value * local + table[k * intervals + index];
+        }
+        slope *= 2 * scale;
+        return value;
+    }
+};
+
+// The divergence over all weights, and its gradients. Not finite where a number is not.
+template <bool additive, class Rest>
+double diverged(const float* __restrict log, const float* __restrict w, float* __restrict log_grad,
+                float* __restrict w_grad, int64_t count, float clip, Rest rest) {
     Sum sum;
     over(count, sum, [&](int64_t i, int64_t j) {
         float value = additive ? w[i] : 0.0f, size = value * value + offset;
@@ -177,15 +212,14 @@ double fitted(const float* __restrict log, const float* __restrict w, float* __r
         float alpha = found < -clip ? -clip : found;
         alpha = alpha > clip ? clip : alpha;
         float ratio = exponential(-alpha), term = 1 + ratio, inverse = 1 / term;
-        float bend = exponential(k2 + k3 * alpha), step = 1 / (1 + bend);
-        float slope = -k1 * k3 * bend * step * step - 0.5f * ratio * inverse;
-        slope = inside ? slope : 0.0f;
+        float slope, value_of_rest = rest(alpha, slope);
+        slope = inside ? slope - 0.5f * ratio * inverse : 0.0f;
         log_grad[i] = slope;
         if (additive) w_grad[i] = -2 * slope * value / size;
         sum.multiply(j, term);
         // what the term has lost to rounding; and NaN from what is not finite
         float lost = (ratio - (term - 1)) * inverse;
-        sum.added[j] += k1 * step + 0.5f * lost + (found * 0 + size * 0);
+        sum.added[j] += value_of_rest + 0.5f * lost + (found * 0 + size * 0);
     });
     return sum.total + 0.5 * sum.logarithms();
 }
@@ -232,10 +266,16 @@ void fallow_disturbed_back(const float* log, const float* w, const float* e, con
     form(log, w, e, grad, log_grad, w_grad, count, bound, least, most);
 }
 
-double fallow_fitted(const float* log, const float* w, float* log_grad, float* w_grad, int64_t count,
-                     int32_t additive, double clip) {
-    auto form = additive ? fitted<true> : fitted<false>;
-    return form(log, w, log_grad, w_grad, count, (float)clip);
+double fallow_diverged(const float* log, const float* w, float* log_grad, float* w_grad, int64_t count,
+                       int32_t additive, double clip, const float* table, int32_t intervals, double low,
+                       double scale) {
+    if (table) {
+        Polynomials rest = {table, intervals, (float)low, (float)scale};
+        auto form = additive ? diverged<true, Polynomials> : diverged<false, Polynomials>;
+        return form(log, w, log_grad, w_grad, count, (float)clip, rest);
+    }
+    auto form = additive ? diverged<true, Fit> : diverged<false, Fit>;
+    return form(log, w, log_grad, w_grad, count, (float)clip, Fit());
 }
 
 double fallow_eta_trick(const float* w, const float* logit, float* w_grad, float* logit_grad, int64_t count,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fallow import kernels
+from fallow.special import Table, variational_kl
 
 # Molchanov's k1, k2, k3.
 _FIT = (0.63576, 1.87320, 1.48695)
@@ -35,6 +38,18 @@ def molchanov_kl(log_alpha: Tensor) -> Tensor:
     """
     k1, k2, k3 = _FIT
     return k1 * torch.sigmoid(-k2 - k3 * log_alpha) + nn.functional.softplus(-log_alpha) / 2
+
+
+def kl(log_alpha: Tensor) -> Tensor:
+    """The divergence itself."""
+    return variational_kl((-log_alpha).exp())
+
+
+@functools.cache
+def _rest() -> tuple[Tensor, float, float]:
+    """The divergence less ``log(1 + 1 / alpha) / 2``; beyond its ends constant in single precision."""
+    table = Table(lambda a: kl(a) - torch.logaddexp(-a, torch.zeros_like(a)) / 2, -24.0, 40.0, 512, degree=5)
+    return table.coefficients.float(), table.low, table.scale
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,12 @@ class Learned:
             return _Disturbed.apply(self, log, w, e)  # pyright: ignore[reportReturnType]
         return self.plain(log, w, e)
 
-    def fit(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """The sum of `molchanov_kl` over pairs of `log` and `w`; None where there is no short way."""
+    def divergence(self, exact: bool, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Summed over pairs of `log` and `w`, or that of `molchanov_kl`; None where there is no short way."""
         if not pairs or not all(self._takes(*pair) for pair in pairs):
             return None
         tensors = [tensor for pair in pairs for tensor in (pair if self.additive else pair[:1])]
-        return kernels.sum_of(self._fused_fit, self._plain_fit, tensors)
+        return kernels.sum_of(partial(self._fused, exact), partial(self._plain, exact), tensors)
 
     def plain(self, log: Tensor, w: Tensor, e: Tensor | None) -> Tensor:
         """A draw, or without `e` the variance, from torch's operations."""
@@ -91,17 +106,17 @@ class Learned:
         firsts, seconds = (tensors[::2], tensors[1::2]) if self.additive else (tensors, tensors)
         return zip(firsts, seconds, strict=True)
 
-    def _fused_fit(self, *tensors: Tensor) -> tuple[float, list[Tensor]]:
-        total, gradients = 0.0, []
+    def _fused(self, exact: bool, *tensors: Tensor) -> tuple[float, list[Tensor]]:
+        total, gradients, rest = 0.0, [], _rest() if exact else None
         for log, w in self._pairs(tensors):
-            part, found = kernels.fitted(log, w, self.additive, self.clip)
+            part, found = kernels.diverged(log, w, self.additive, self.clip, rest)
             total += part
             gradients += found
         return total, gradients
 
-    def _plain_fit(self, *tensors: Tensor) -> Tensor:
-        found = [molchanov_kl(self.log_alpha(*pair)).sum() for pair in self._pairs(tensors)]
-        return torch.stack(found).sum()
+    def _plain(self, exact: bool, *tensors: Tensor) -> Tensor:
+        of = kl if exact else molchanov_kl
+        return torch.stack([of(self.log_alpha(*pair)).sum() for pair in self._pairs(tensors)]).sum()
 
 
 class _Disturbed(torch.autograd.Function):

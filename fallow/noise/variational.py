@@ -13,11 +13,11 @@ from fallow import kernels
 from fallow.errors import UsageError, check_choice, check_number
 from fallow.noise._attached import Attached, placed
 from fallow.noise._handle import Handle, draw
-from fallow.noise._learned import SMALL, Learned, molchanov_kl
-from fallow.special import variational_kl
+from fallow.noise._learned import SMALL, Learned, kl, molchanov_kl
 
 FORMS = {"additive": ("_log_variance", -10.0), "multiplicative": ("_log_alpha", -5.0)}
 SAMPLES = ("activations", "weights")
+_DIVERGENCES = {"exact": kl, "fit": molchanov_kl}  # of log alpha
 _LOCAL = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -104,15 +104,13 @@ class VariationalNoise(Handle):
             UsageError: another word.
         """
         if not callable(divergence):
-            check_choice("divergence", divergence, ("exact", "fit"))
-        if divergence == "fit" and (short := self._fit()) is not None:
-            return short
+            check_choice("divergence", divergence, _DIVERGENCES)
+            if (short := self._divergence(divergence == "exact")) is not None:
+                return short
         total = torch.zeros(())
         for i, found in enumerate(self._log_alphas().values()):
-            if divergence == "fit":
-                part = molchanov_kl(found).sum()
-            else:
-                part = (divergence if callable(divergence) else variational_kl)((-found).exp()).sum()
+            part = divergence((-found).exp()) if callable(divergence) else _DIVERGENCES[divergence](found)
+            part = part.sum()
             total = part if not i else total + part.to(total.device)
         return total
 
@@ -125,11 +123,11 @@ class VariationalNoise(Handle):
         with torch.no_grad():
             return {name: noise.keeps(own, noise.weight(own)) for name, (noise, own) in self._found.items()}
 
-    def _fit(self) -> Tensor | None:
-        """The divergence of the fit in one pass, where there is one law for all."""
+    def _divergence(self, exact: bool) -> Tensor | None:
+        """The divergence or its fit in one pass, where there is one law for all."""
         laws = {noise.law for noise in self._layers()}
         pairs = [(noise.learned(own), noise.weight(own)) for noise, own in self._found.values()]
-        return laws.pop().fit(pairs) if len(laws) == 1 else None
+        return laws.pop().divergence(exact, pairs) if len(laws) == 1 else None
 
     def _log_alphas(self) -> dict[str, Tensor]:
         return {name: noise.log_alpha(own, noise.weight(own)) for name, (noise, own) in self._found.items()}

@@ -77,12 +77,15 @@ def test_variances_draws_and_divergences_are_those_of_torch(count: int, clip: fl
         (log, w),
         "_Disturbed",
     )
-    same(
-        lambda log, w: law.fit([(log, w), (2 * log, -w)]),
-        lambda log, w: law._plain_fit(*((log, w, 2 * log, -w) if additive else (log, 2 * log))),
-        (log, w),
-        "_Sum",
-    )
+    for exact in (True, False):
+        same(
+            lambda log, w, exact=exact: law.divergence(exact, [(log, w), (2 * log, -w)]),
+            lambda log, w, exact=exact: law._plain(
+                exact, *((log, w, 2 * log, -w) if additive else (log, 2 * log))
+            ),
+            (log, w),
+            "_Sum",
+        )
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -103,7 +106,7 @@ def test_the_eta_trick_is_that_of_torch(count: int, strength: float, eps: float)
 # --- as parts of a training ---------------------------------------------------------------------------------
 
 
-def trained(form: str, sample: str, steps: int = 4) -> list[Tensor]:
+def trained(form: str, sample: str, divergence: str, steps: int = 4) -> list[Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(130, 130), nn.ReLU(), nn.Linear(130, 5))
     noise = variational_(model, form=form, sample=sample, start=-2.0, clip=2.5)
@@ -112,17 +115,18 @@ def trained(form: str, sample: str, steps: int = 4) -> list[Tensor]:
     x = torch.randn(16, 130)
     for _ in range(steps):
         optimiser.zero_grad()
-        (model(x).square().mean() + 1e-3 * noise.kl("fit")).backward()
+        (model(x).square().mean() + 1e-3 * noise.kl(divergence)).backward()
         optimiser.step()
     return [p.detach() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("sample", ["activations", "weights"])
 @pytest.mark.parametrize("form", ["additive", "multiplicative"])
-def test_a_training_ends_at_the_same_weights(form: str, sample: str) -> None:
-    found = trained(form, sample)
+@pytest.mark.parametrize("divergence", ["exact", "fit"])
+def test_a_training_ends_at_the_same_weights(form: str, sample: str, divergence: str) -> None:
+    found = trained(form, sample, divergence)
     with kernels.plain():
-        expected = trained(form, sample)
+        expected = trained(form, sample, divergence)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -152,9 +156,12 @@ def forms(additive: bool) -> list[tuple[Made, Made]]:
     return [
         (law.variance, lambda log, w: law.plain(log, w, None)),
         (lambda log, w: law.draw(log, w, e), lambda log, w: law.plain(log, w, e)),
-        (
-            lambda log, w: law.fit([(log, w)]),
-            lambda log, w: law._plain_fit(*((log, w) if additive else (log,))),
+        *(
+            (
+                lambda log, w, exact=exact: law.divergence(exact, [(log, w)]),
+                lambda log, w, exact=exact: law._plain(exact, *((log, w) if additive else (log,))),
+            )
+            for exact in (True, False)
         ),
         (
             lambda log, w: eta_total(right, 0.1, [(w, log)]),
@@ -221,12 +228,12 @@ def test_small_models_frozen_weights_and_transforms_go_through_torch() -> None:
     assert "_Disturbed" not in type(Learned(True, 8.0).variance(log, w).grad_fn).__name__
     law = Learned(True, 8.0, worth=True)
     torch.testing.assert_close(law.variance(log, w.detach()), law.variance(log, w))
-    assert law.fit([(log, w.detach())]) is None and law.fit([]) is None
+    assert law.divergence(True, [(log, w.detach())]) is None and law.divergence(False, []) is None
     slope = torch.func.grad(lambda log: law.variance(log, w).sum())(log)
     torch.testing.assert_close(slope, torch.autograd.grad(law.variance(log, w).sum(), log)[0])
     (rows,) = torch.autograd.grad(law.variance(log, w), log, torch.eye(4), is_grads_batched=True)
     torch.testing.assert_close(rows.diagonal(), slope)
-    total = law.fit([(log, w)])
+    total = law.divergence(False, [(log, w)])
     assert total is not None
     (rows,) = torch.autograd.grad(total, log, torch.ones(2), is_grads_batched=True)
     torch.testing.assert_close(rows[0], rows[1])
@@ -244,9 +251,14 @@ def repeated(additive: bool) -> list[tuple[Made, Made]]:
 
     return [
         *forms(additive)[:2],
-        (
-            lambda log, w: law.fit(pairs(log, w)),
-            lambda log, w: law._plain_fit(*(t for pair in pairs(log, w) for t in pair[: 1 + additive])),
+        *(
+            (
+                lambda log, w, exact=exact: law.divergence(exact, pairs(log, w)),
+                lambda log, w, exact=exact: law._plain(
+                    exact, *(t for pair in pairs(log, w) for t in pair[: 1 + additive])
+                ),
+            )
+            for exact in (True, False)
         ),
         (
             lambda log, w: eta_total(right, 0.1, pairs(log, w)),
@@ -297,7 +309,7 @@ def test_forward_mode_gives_the_tangent_of_torch(additive: bool) -> None:
     x, tangent, w = torch.randn(12), torch.randn(12), torch.randn(12).requires_grad_()
 
     def fit(log: Tensor, w: Tensor) -> Tensor:
-        found = law.fit([(log, w)])
+        found = law.divergence(False, [(log, w)])
         return molchanov_kl(law.log_alpha(log, w)).sum() if found is None else found
 
     def eta(log: Tensor, w: Tensor) -> Tensor:
