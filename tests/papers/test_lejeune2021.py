@@ -362,12 +362,12 @@ class Kept:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_of_each_method_runs_and_goes_on_where_it_was(method: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lejeune_train, "_SHORTEST", 1)
-    settings = {"target": 0.9} if method in (lejeune_sizes.OURS, lejeune_sizes.PEER) else {}
+    settings = {"target": 0.9} if method in (lejeune_sizes.PEER, *lejeune_sizes.OURS) else {}
     options = {**SHORT, "method": method, "learning_rate": 5e-3, "settings": settings}
     whole = Kept()
     found = lejeune_train.train_cell(**options, pieces=whole)
     assert set(whole.kept) == {"epochs0", "epochs1"}
-    torch.manual_seed(3)  # nothing is drawn from the global generator
+    torch.manual_seed(3)  # whatever the global generator held makes no difference
     again = lejeune_train.train_cell(**options, pieces=Kept({"epochs0": whole.kept["epochs0"]}))
     assert again == found
     assert len(found["curve"]["fraction"]) == 2 and found["curve"]["fraction"][-1] == found["fraction"]
@@ -519,19 +519,22 @@ def test_curves_are_means_over_seeds_and_say_what_the_end_does():
     assert len(said) == 1 and "from 1.000 to 0.100 in the last eighth" in said[0]
 
 
-def test_recipes_are_compared_in_pairs_and_with_what_is_published():
+@pytest.mark.parametrize("recipe", lejeune_sizes.OURS)
+def test_recipes_are_compared_in_pairs_and_with_what_is_published(recipe: str):
+    title = METHODS[recipe].title
+
     def found(ours: float) -> dict[str, Any]:
         tags: dict[str, Any] = {"shift": 0, "goal": 100}
-        cells = [*results("magnitude", 2.0, 0.01, **tags), *results("logsum-target", ours, 0.01, **tags)]
+        cells = [*results("magnitude", 2.0, 0.01, **tags), *results(recipe, ours, 0.01, **tags)]
         for place, (_, result) in enumerate(cells):
             result["test_error"] += 2e-5 * (place % 2)
         return dict(lejeune_beyond.beyond(cells))
 
     better, worse = found(1.8), found(2.4)
-    assert any("LogSum to a target is better" in words for words in better["statements"])
+    assert any(f"{title} is better" in words for words in better["statements"])
     assert any("Gradual magnitude is better" in words for words in worse["statements"])
     said = [words for words in better["statements"] if "no worse in either" in words]
-    assert len(said) == 1 and "LogSum to a target at 100x and 1.80 %" in said[0] and "Sparse VD" in said[0]
+    assert len(said) == 1 and f"{title} at 100x and 1.80 %" in said[0] and "Sparse VD" in said[0]
     assert "Pruning" not in said[0]  # 1.59 %
     assert not [words for words in worse["statements"] if "no worse in either" in words]
     assert "no difference is shown" in " ".join(found(2.0)["statements"])
@@ -546,8 +549,9 @@ def test_two_seeds_call_no_recipe_better():
 
 def test_tuning_tries_no_fewer_settings_of_the_peer_and_names_the_chosen_ones():
     cells = {item.name: item.cells for item in PAPER.items}["tuning"]["small"]
-    by_method = {m: [c for c in cells if c.tags["method"] == m] for m in ("magnitude", "logsum-target")}
-    assert len(by_method["magnitude"]) >= len(by_method["logsum-target"]) > 8
+    methods = ("magnitude", *lejeune_sizes.OURS)
+    by_method = {method: [c for c in cells if c.tags["method"] == method] for method in methods}
+    assert len(by_method["magnitude"]) > max(len(by_method[method]) for method in lejeune_sizes.OURS) > 8
     beyond = {item.name: item.cells for item in PAPER.items}["beyond"]["small"]
     for method, mine in by_method.items():
         chosen = [cell for cell in mine if cell.tags["used"]]
@@ -563,11 +567,9 @@ def test_tuning_tries_no_fewer_settings_of_the_peer_and_names_the_chosen_ones():
     ]
     gathered = lejeune_beyond.tuning(found)
     errors = [row[3] for row in gathered["tables"][0]["rows"]]
-    half = len(by_method["magnitude"])
-    assert errors[:half] == sorted(errors[:half]) and errors[half:] == sorted(errors[half:])
-    place = 1 + sum(
-        error < next(r[3] for r in gathered["tables"][0]["rows"] if r[4]) for error in errors[:half]
-    )
+    of_peer = errors[: len(by_method["magnitude"])]
+    assert of_peer == sorted(of_peer)
+    place = 1 + sum(error < next(r[3] for r in gathered["tables"][0]["rows"] if r[4]) for error in of_peer)
     assert f"the chosen one has the {lejeune_beyond._ordinal(place)} least" in gathered["statements"][0]
 
 

@@ -23,7 +23,7 @@ _USUAL = {"ramp": [0.1, 0.7]}  # of `fallow.sparsify`
 
 
 def beyond(found: Found) -> Mapping[str, Any]:
-    """Sparse variational dropout, gradual magnitude pruning and LogSum to a target, at equal epochs."""
+    """Sparse variational dropout, gradual magnitude pruning and our two recipes, at equal epochs."""
     columns = ["images", "recipe", "compression", "test error %", "s.d.", "neurons left", "seeds"]
     lines, said = [], []
     cell, result = found[0]
@@ -42,15 +42,16 @@ def beyond(found: Found) -> Mapping[str, Any]:
         if comparable(found) and not shift:
             said += _against(row)
     for shift, goal in dict.fromkeys((shift, goal) for shift, goal, _ in _kinds(found)):
-        said += _duel(found, shift, goal)
+        for ours in OURS:
+            said += _duel(found, shift, goal, ours)
     return gathered([], [table("LeNet-300-100 beyond the seven methods", columns, lines)], said)
 
 
 def tuning(found: Found) -> Mapping[str, Any]:
-    """What was tried for gradual magnitude pruning and LogSum to a target, the best of each first."""
+    """What was tried for gradual magnitude pruning and our two recipes, the best of each first."""
     columns = ["recipe", "learning rate", "settings", "validation error %", "chosen"]
     lines, said = [], []
-    for method in (PEER, OURS):
+    for method in (PEER, *OURS):
         mine = [(100 * r["curve"]["validation_error"][-1], cell) for cell, r in pick(found, method=method)]
         mine.sort(key=lambda pair: pair[0])
         title = METHODS[method].title
@@ -80,7 +81,7 @@ def _ordinal(place: int) -> str:
 def _kinds(found: Found) -> list[tuple[int, int, str]]:
     """(shift, goal, method), each once, in order."""
     keys = {(c.tags["shift"], c.tags["goal"], c.tags["method"]) for c, _ in found}
-    return sorted(keys, key=lambda key: (key[0], key[1], (SPARSE, PEER, OURS).index(key[2])))
+    return sorted(keys, key=lambda key: (key[0], key[1], (SPARSE, PEER, *OURS).index(key[2])))
 
 
 def _against(row: Row) -> list[str]:
@@ -95,23 +96,23 @@ def _against(row: Row) -> list[str]:
     ]
 
 
-def _duel(found: Found, shift: int, goal: int) -> list[str]:
-    """Ours against the peer at the same compression, in pairs of the same seed."""
+def _duel(found: Found, shift: int, goal: int, own: str) -> list[str]:
+    """One of ours against the peer at the same compression, in pairs of the same seed."""
     mine = pick(found, shift=shift, goal=goal)
     by_seed = {
         method: {cell.tags["seed"]: 100 * result["test_error"] for cell, result in pick(mine, method=method)}
-        for method in (PEER, OURS)
+        for method in (PEER, own)
     }
     if not all(by_seed.values()):
         return []
-    ours, peer = (statistics.fmean(by_seed[method].values()) for method in (OURS, PEER))
-    apart = compared(by_seed[OURS], by_seed[PEER])
+    ours, peer = (statistics.fmean(by_seed[method].values()) for method in (own, PEER))
+    apart = compared(by_seed[own], by_seed[PEER])
     images = ", images moved by up to one pixel" if shift else ""
-    words = f"{goal}x{images}: {METHODS[OURS].title} {ours:.2f} %, {METHODS[PEER].title} {peer:.2f} %; "
+    words = f"{goal}x{images}: {METHODS[own].title} {ours:.2f} %, {METHODS[PEER].title} {peer:.2f} %; "
     if apart is None or apart["seeds"] < FEWEST:
         return [words + "too few seeds to call one better."]
     if not is_shown(apart):
         return [words + f"over {apart['seeds']} seeds no difference is shown."]
-    better = METHODS[OURS if apart["difference"] < 0 else PEER].title
+    better = METHODS[own if apart["difference"] < 0 else PEER].title
     size = f"{abs(apart['difference']):.2f} points (s.e. {apart['error']:.2f} over {apart['seeds']} seeds)"
     return [words + f"{better} is better by {size}."]

@@ -145,9 +145,11 @@ class FaultyLogSum:
 class Penalised(Trainee):
     """A penalty, a target, or both, through `fallow.sparsify`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, strategy: Any, method: str = "gradient") -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, strategy: Any, method: str = "gradient", **more: Any
+    ) -> None:
         super().__init__(model, plan)
-        given = {"strength": STRENGTH, **plan.settings}
+        given = {"strength": STRENGTH, **plan.settings, **more}
         given.pop("eps", None)
         if "target" in given:
             given["steps"] = plan.steps
@@ -178,6 +180,20 @@ class Penalised(Trainee):
         """With the penalty's own."""
         super().load(state)
         self.run.load_state_dict(state["run"])
+
+
+class Learned(Penalised):
+    """Variational dropout whose noisiest weights go along a ramp; the divergence on Molchanov's schedule."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        own: dict[str, Any] = {"strength": plan.settings.get("strength", 1.0), "samples": plan.samples}
+        own["schedule"] = lambda step: risen(step / plan.steps)
+        super().__init__(model, plan, None, "variational", **own)
+
+    def begin(self, epoch: int) -> None:
+        """The learning rate; the noise draws from torch's own generator, the same whatever was before."""
+        super().begin(epoch)
+        torch.manual_seed(self.plan.draws.initial_seed())
 
 
 class Multiplied(Penalised):
@@ -250,12 +266,17 @@ class Scheduled(Variational):
     def begin(self, epoch: int) -> None:
         """The learning rate, and how much of the divergence counts."""
         super().begin(epoch)
-        time, (first, last) = epoch / self.plan.epochs, RISE
-        self.weight = min(max((time - first) / (last - first), 0.0), 1.0)
+        self.weight = risen(epoch / self.plan.epochs)
 
     def share(self, time: float) -> float:
         """Constant for half of the training, then on a line to 0."""
         return min(1.0, 2 * (1 - time))
+
+
+def risen(time: float) -> float:
+    """How much of the divergence counts at a part of the training."""
+    first, last = RISE
+    return min(max((time - first) / (last - first), 0.0), 1.0)
 
 
 def small_(model: nn.Module, draws: torch.Generator) -> None:
@@ -316,4 +337,5 @@ METHODS: dict[str, Method] = {
     "logsum-target": Method(
         "LogSum to a target", 1e-3, lambda model, plan: Penalised(model, plan, _logsum(plan))
     ),
+    "vardrop-target": Method("VarDrop to a target", 1e-3, Learned),
 }
