@@ -32,7 +32,8 @@ _SMALL = {
         "weights somewhere.",
     ),
     "small": (
-        "40 of 200 epochs at 5 times the authors' learning rates, so that weights can move as far; one seed.",
+        "40 of 200 epochs at 5 times the authors' learning rates, so that weights can move as far; one seed "
+        "of each method, three of the recipes beside them.",
     ),
 }
 _BEYOND = (

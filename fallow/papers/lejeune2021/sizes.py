@@ -67,6 +67,7 @@ class Size:
         data: the image set.
         epochs: of every training.
         seeds: of each method.
+        repeats: seeds of each recipe beside the methods.
         faster: factor of the published learning rates: with fewer steps weights could not move as far.
         slower: by method, a factor beside it.
         plain: compressions to reach, of images as they are.
@@ -77,6 +78,7 @@ class Size:
     data: str
     epochs: int
     seeds: int
+    repeats: int
     faster: float
     plain: Sequence[int]
     shifted: Sequence[int]
@@ -86,10 +88,26 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        "digits", 300, 2, 30.0, (20,), (), slower=dict.fromkeys(("eta-trick", "eta-trick-published"), 1 / 3)
+        data="digits",
+        epochs=300,
+        seeds=2,
+        repeats=2,
+        faster=30.0,
+        plain=(20,),
+        shifted=(),
+        slower=dict.fromkeys(("eta-trick", "eta-trick-published"), 1 / 3),
     ),
-    "small": Size("mnist", 40, 1, 5.0, (80, 100), (80, 120), tuned=100),
-    "full": Size("mnist", 200, 3, 1.0, (100,), (120,)),
+    "small": Size(
+        data="mnist",
+        epochs=40,
+        seeds=1,
+        repeats=3,
+        faster=5.0,
+        plain=(80, 100),
+        shifted=(80, 120),
+        tuned=100,
+    ),
+    "full": Size(data="mnist", epochs=200, seeds=3, repeats=3, faster=1.0, plain=(100,), shifted=(120,)),
 }
 
 
@@ -129,7 +147,7 @@ def _methods(size: Size) -> list[Cell]:
 def _beyond(size: Size) -> list[Cell]:
     """Recipes beside the seven, trained on all training images: their settings were chosen before."""
     made = []
-    for seed in range(size.seeds):
+    for seed in range(size.repeats):
         own = {"validation": False, "learning_rate": METHODS[SPARSE].learning_rate}
         made.append(_cell(size, SPARSE, seed, f"{SPARSE}-seed{seed}", own, shift=0, goal=0))
         for shift, goals in ((0, size.plain), (1, size.shifted)):
