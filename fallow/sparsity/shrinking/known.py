@@ -96,6 +96,11 @@ def convolution(
     return tidy(found.reshape(1, -1, *[1] * len(sizes)).expand(shape).clone())
 
 
+def _alike(values: Tensor, of: Tensor) -> Tensor:
+    """Whether constants are the same number but for rounding; NaN is like none."""
+    return (values - of).abs() <= 1e-12 * of.abs()
+
+
 def pooled(before: Tensor, after: Tensor, dim: int) -> Tensor | None:
     """Constants of a pool or another operation within each channel, where it leaves a constant as it is.
 
@@ -106,7 +111,7 @@ def pooled(before: Tensor, after: Tensor, dim: int) -> Tensor | None:
     """
     count = before.shape[dim]
     here, there = uniform(before, dim, count)[0], uniform(after, dim, count)[0]
-    same = (here - there).abs() <= 1e-12 * here.abs()
+    same = _alike(there, here)
     shape = [-1 if d == dim else 1 for d in range(after.dim())]
     return tidy(after.masked_fill(~same.reshape(shape).to(after.device), NAN))
 
@@ -126,7 +131,7 @@ def reduced(before: Tensor, after: Tensor, over: list[int], dims: list[int], *, 
     first = before
     for d in dims:
         first = first.narrow(d, 0, 1)
-    same = (before - first).abs() <= 1e-12 * first.abs()
+    same = _alike(before, first)
     same = same if keeps else same & (before == 0)
     for d in sorted(over, reverse=True):
         same = same.all(d, keepdim=after.dim() == before.dim())
@@ -147,5 +152,5 @@ def uniform(known: Tensor | None, dim: int, count: int) -> tuple[Tensor, Tensor]
     rows = known.movedim(dim, 0).reshape(count, -1).double().cpu()
     everywhere = ~rows.isnan().any(1)
     first = rows[:, 0]
-    same = ((rows - first[:, None]).abs() <= 1e-12 * first.abs()[:, None]).all(1)
+    same = _alike(rows, first[:, None]).all(1)
     return torch.where(everywhere & same, first, NAN), everywhere
