@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fallow.errors import ArgumentError, SiteError
+from fallow.surgery.root import ByModules
 from fallow.surgery.trace import Trace, mark_batch, record
 
 ROWS = 4, 3  # two batch sizes, so that a batch dimension is known and not guessed
@@ -102,12 +103,12 @@ def _host_generators() -> list[tuple[Any, Any]]:
 @contextmanager
 def by_modules() -> Iterator[None]:
     """Inside, torch's transformer layers call their modules also where no gradient is needed."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    path = ByModules()
+    path.enter()
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        path.leave()
 
 
 @contextmanager

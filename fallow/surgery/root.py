@@ -93,12 +93,12 @@ class ByModules:
     def __init__(self) -> None:
         self.before: list[bool] = []
 
-    def enter(self, _module: nn.Module, _args: tuple) -> None:
+    def enter(self, *_: Any) -> None:
         """Switch the fused path off."""
         self.before.append(torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
 
-    def leave(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+    def leave(self, *_: Any) -> None:
         """Put it back; runs after errors too, those of earlier hooks among them."""
         if self.before:
             torch.backends.mha.set_fastpath_enabled(self.before.pop())
