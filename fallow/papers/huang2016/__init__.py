@@ -201,7 +201,7 @@ PAPER = Paper(
         "tiny": Scale("Digits and 1,000 images of Fashion-MNIST, ResNet-20; a few minutes on two cores."),
         "small": Scale(
             "10,000 images of CIFAR-10 with ResNet-20 and 56, 4,000 of Fashion-MNIST with ResNet-20 to 44, "
-            "three seeds; about two and a half hours on two cores."
+            "three seeds; about an hour and a half on two cores."
         ),
         "full": Scale(
             "The paper's protocol: ResNet-110 on CIFAR-10 and CIFAR-100 for 500 epochs, 152 layers on SVHN, "
