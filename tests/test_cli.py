@@ -146,6 +146,7 @@ ODD = {  # for every option a value that is not its default
     "threads": 3,
     "seed": 4,
     "checkpoint_every": 9,
+    "test_every": 5,
 }
 
 

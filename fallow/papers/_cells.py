@@ -111,6 +111,7 @@ def _beside(found: Mapping[str, Any]) -> dict[str, Any]:
         "twin_epochs": twin["epochs"],
         "time_ratio": found["summary"]["time_ratio"],
         "wall_ratio": found["summary"]["wall_ratio"],
+        **{key: found["summary"].get(key) for key in ("mean_time_ratio", "mean_wall_ratio", "timed_cost")},
         "wall_s_per_step": [ours["wall_s_per_step"], theirs["wall_s_per_step"]],
         "memory_ratio": found["summary"].get("memory_ratio"),
         "memory_mb": [ours["peak_memory_mb"], theirs["peak_memory_mb"]],

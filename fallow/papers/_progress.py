@@ -11,6 +11,8 @@ from fallow.papers._experiments import Cell
 from fallow.papers._runner import Outcome, Watcher, expected_minutes
 from fallow.recipes.show import Silent, duration
 
+_OFTEN = 0.5  # seconds between drawings of a run's steps
+
 
 class Progress(Watcher):
     """Counts the cells and estimates the time left; shows nothing.
@@ -79,10 +81,10 @@ class _Steps(Silent):
     def begin(self, step: int, total: int) -> None:
         self._total = total
 
-    def step(self, done: int, loss: float, depth: float, cost: float) -> None:
-        if time.monotonic() - self._last > 0.5:
+    def step(self, done: int, words: str) -> None:
+        if time.monotonic() - self._last > _OFTEN:
             self._last = time.monotonic()
-            self._tell(f"step {done}/{self._total}  loss {loss:.3f}")
+            self._tell(f"step {done}/{self._total}  {words}")
 
 
 class Table(Progress):

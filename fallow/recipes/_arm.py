@@ -169,6 +169,9 @@ class Arm:
             "cpu_s_per_step": median(self.log["cpu"][last]),
             "wall_s_per_step": median(self.log["wall"][last]),
         }
+        every = self.config.test_every
+        if every and epoch % every == 0:
+            record["test_error"] = self.error(batches, "test")
         self.epochs.append(record)
         return record
 

@@ -41,6 +41,7 @@ _AT_LEAST = {
     "accumulate": 1,
     "threads": 1,
     "checkpoint_every": 1,
+    "test_every": 1,
     "train_size": 1,
     "refresh": 1,
     "seed": 0,
@@ -137,6 +138,7 @@ class Config:
     threads: int | None = option("CPU threads [digits 1, else what torch takes].")
     seed: int = option("Seed of everything that is drawn.", 0)
     checkpoint_every: int | None = option("Steps between checkpoints [each epoch].")
+    test_every: int | None = option("Epochs between test errors, for a curve [at the end alone].")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Config:

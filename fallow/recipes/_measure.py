@@ -119,15 +119,38 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] | 
     Pairs in which either is NaN (measured under another load on purpose) do not count, nor does a step that
     one arm did not reach. None without a pair.
     """
-    both = min(len(ours), len(theirs))
-    pairs = np.asarray(ours[:both], float) / np.asarray(theirs[:both], float)
-    pairs = pairs[np.isfinite(pairs)]
+    mine, other = _paired(ours, theirs)
+    pairs = mine / other
     if not len(pairs):
         return None
     random = np.random.default_rng(0)
     medians = [np.median(random.choice(pairs, len(pairs))) for _ in range(_RESAMPLES)]
     low, high = np.percentile(medians, [2.5, 97.5])
     return {"median": float(np.median(pairs)), "low": float(low), "high": float(high)}
+
+
+def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] | None:
+    """Ratio of the means over the pairs that count for `ratio`, with its interval from the same bootstrap.
+
+    An ideal ratio is one of means; the median of ratios is another number where steps differ, as they do
+    where whole branches rest.
+    """
+    mine, other = _paired(ours, theirs)
+    if not len(mine):
+        return None
+    random = np.random.default_rng(0)
+    drawn = (random.integers(len(mine), size=len(mine)) for _ in range(_RESAMPLES))
+    means = [mine[places].sum() / other[places].sum() for places in drawn]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"ratio": float(mine.sum() / other.sum()), "low": float(low), "high": float(high)}
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Of both what was measured in both."""
+    both = min(len(ours), len(theirs))
+    mine, other = np.asarray(ours[:both], float), np.asarray(theirs[:both], float)
+    counts = np.isfinite(mine) & np.isfinite(other)
+    return mine[counts], other[counts]
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ from fallow._version import __version__
 from fallow.recipes._arm import Arm
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config, Surroundings
-from fallow.recipes._measure import mean, ratio
+from fallow.recipes._measure import mean, ratio, ratio_of_means
 from fallow.surgery import Handle
 
 SCHEMA = 1
@@ -90,7 +91,10 @@ def sites(handle: Handle) -> list[dict[str, Any]]:
 
 
 def summary(arms: list[Arm], *, with_ratios: bool) -> dict[str, Any]:
-    """Ratios of the model to its twin; the bootstrap takes a while and is left to the end."""
+    """Ratios of the model to its twin; the bootstrap takes a while and is left to the end.
+
+    `timed_cost` is the realised cost of the steps whose time counts.
+    """
     ours = arms[0]
     found: dict[str, Any] = {"realised_cost": mean(ours.log["cost"])}
     if len(arms) == 1:
@@ -102,4 +106,8 @@ def summary(arms: list[Arm], *, with_ratios: bool) -> dict[str, Any]:
     if with_ratios:
         found["time_ratio"] = ratio(ours.log["cpu"], theirs.log["cpu"])
         found["wall_ratio"] = ratio(ours.log["wall"], theirs.log["wall"])
+        found["mean_time_ratio"] = ratio_of_means(ours.log["cpu"], theirs.log["cpu"])
+        found["mean_wall_ratio"] = ratio_of_means(ours.log["wall"], theirs.log["wall"])
+        timed = zip(ours.log["cost"], ours.log["cpu"], strict=True)
+        found["timed_cost"] = mean([cost for cost, seconds in timed if math.isfinite(seconds)])
     return found

@@ -375,7 +375,7 @@ def test_the_map_has_constant_depth_as_rate_1_and_gaps_where_nothing_is_known():
     assert said == "20 layers: the lowest mean is that of constant depth, 8.00 %."
 
 
-TIMED = {way: {"time": {"median": 0.8, "low": 0.7, "high": 0.9}, "realised_cost": 0.75} for way in WAYS}
+TIMED = {way: {"time": {"ratio": 0.8, "low": 0.7, "high": 0.9}, "realised_cost": 0.75} for way in WAYS}
 
 
 def timing() -> tuple[Cell, dict[str, Any]]:
@@ -444,7 +444,7 @@ def test_ways_take_turns_and_each_has_its_own_cost():
     expected = {way["expected_cost"] for way in found["ways"].values()}
     assert len(expected) == 1 and 0.5 < expected.pop() < 1
     for name, way in found["ways"].items():
-        assert 0 < way["time"]["low"] <= way["time"]["median"] <= way["time"]["high"]
+        assert 0 < way["time"]["low"] <= way["time"]["ratio"] <= way["time"]["high"]
         assert 0 < way["realised_cost"] <= 1 and way["realised_cost"] == again["ways"][name]["realised_cost"]
     costs = {name: way["realised_cost"] for name, way in found["ways"].items()}
     assert costs["bernoulli, batch, zero"] == costs["bernoulli, batch, none"]  # the same draws

@@ -12,7 +12,7 @@ import torch
 from small_papers import draw, fails, paper
 
 from fallow import cli
-from fallow.papers import shelf
+from fallow.papers import _progress, shelf
 from fallow.papers._experiments import Paper, Scale
 
 Call = Callable[..., tuple[int, str, str]]
@@ -73,11 +73,14 @@ def test_only_some_items_in_a_folder_of_ones_own(call: Call):
     assert "2 of 3 cells are done" in Path("here/report.html").read_text()
 
 
-def test_on_a_terminal_there_is_a_table(call: Call, monkeypatch: pytest.MonkeyPatch):
+def test_on_a_terminal_there_is_a_table(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setitem(shelf.PAPERS, "small1999", paper(tmp_path, training=True))
+    monkeypatch.setattr(_progress, "_OFTEN", 0.0)
     code, out, _ = call("reproduce", "small1999", "--jobs", 1)
-    assert code == 0 and "\x1b" in out and "3/3 cells" in out and "second" in out
+    assert code == 0 and "\x1b" in out and "4/4 cells" in out and "second" in out
+    assert "step 1/" in out and "loss" in out  # of the cell that trains
 
 
 @pytest.mark.parametrize(

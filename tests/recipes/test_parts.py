@@ -14,7 +14,7 @@ from fallow import data
 from fallow.recipes import _job
 from fallow.recipes._arm import Arm, build
 from fallow.recipes._batches import Batches
-from fallow.recipes._measure import peak_memory, ratio
+from fallow.recipes._measure import peak_memory, ratio, ratio_of_means
 from fallow.recipes._optimise import learning_rate, optimiser
 from fallow.recipes.train import Config, read_results
 
@@ -146,16 +146,22 @@ def test_the_interval_holds_the_median_and_leaves_out_what_is_marked():
     assert found is not None and found["median"] == 1.0
     assert 0.5 <= found["low"] <= found["median"] <= found["high"] <= 1.5
     assert ratio([math.nan], [1.0]) is None
+    mean = ratio_of_means([*ours, 10.0], [*theirs, 2.0])  # 16 of 8, by pairs 0.5, 1, 1.5, 5
+    assert mean is not None and mean["ratio"] == 2.0
+    assert 0.5 <= mean["low"] <= mean["ratio"] <= mean["high"] <= 5
+    assert ratio_of_means([math.nan], [1.0]) is None
 
 
-def test_the_interval_covers_the_true_median_nineteen_times_in_twenty():
+def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
     generator = torch.Generator().manual_seed(3)
-    inside = 0
+    inside = [0, 0]
+    true = 0.75, 0.75 * math.exp(0.1**2 / 2)  # the median, and the mean of what is lognormal
     for _ in range(100):
         noise = torch.randn(40, generator=generator, dtype=torch.float64).mul(0.1).exp()
-        found = ratio((0.75 * noise).tolist(), [1.0] * 40)
-        inside += found is not None and found["low"] <= 0.75 <= found["high"]
-    assert inside >= 85  # 95 expected, five standard errors of 2.2 below
+        times = (0.75 * noise).tolist(), [1.0] * 40
+        for place, found in enumerate((ratio(*times), ratio_of_means(*times))):
+            inside[place] += found is not None and found["low"] <= true[place] <= found["high"]
+    assert min(inside) >= 84  # 95 expected, five standard errors of 2.2 below
 
 
 def test_measuring_does_not_touch_the_run(small: Small, monkeypatch: pytest.MonkeyPatch):

@@ -41,6 +41,14 @@ def test_without_noise_the_model_is_its_twin_bit_for_bit(small: Small, options: 
     assert found["budget"]["ideal_flops"] == found["summary"]["realised_cost"] == 1
 
 
+def test_test_errors_on_the_way_change_nothing_and_end_in_the_final_one(small: Small):
+    plain, watched = small(epochs=4), small(epochs=4, test_every=2)
+    assert same(weights(plain), weights(watched))
+    for arm in read_results(watched)["arms"].values():
+        assert ["test_error" in epoch for epoch in arm["epochs"]] == [False, True, False, True]
+        assert arm["epochs"][-1]["test_error"] == arm["summary"]["test_error"]
+
+
 def test_the_model_trains_alike_with_and_without_its_twin(small: Small):
     both, alone = small(), small(twin=False)
     assert same(weights(both), weights(alone))

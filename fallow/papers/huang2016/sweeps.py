@@ -128,14 +128,14 @@ def ablation(found: Found) -> Gathered:
         time = timed.get(way, {})
         ratio = time.get("time") or {}
         rows.append([way, mean, error, *between, judged, time.get("realised_cost")])
-        rows[-1] += [ratio.get(key) for key in ("median", "low", "high")]
+        rows[-1] += [ratio.get(key) for key in ("ratio", "low", "high")]
     columns = ["sampler, mode, gradients", "test error in %", "s.e.", "minus the paper's", "s.e.", "shown"]
     columns += ["share of FLOPs run", "time ratio", "from", "to"]
     note = (
         f"the paper's way is {OWN}: independent draws, one for a batch, and an optimiser that also moves "
         "what rested; differences in pairs of a seed. Times: one step of each way and of constant depth in "
-        "turn, median of the paired ratios of processor time (on a GPU wall clock) with a 95 % bootstrap "
-        "interval"
+        "turn, ratio of mean processor times (on a GPU wall clock) with a 95 % bootstrap interval, over as "
+        "many steps as gave the share of FLOPs: independent draws miss the expected share a little"
     )
     task = tasks(found)[0]
     return gathered([], [table(f"{task}: at the same rates", columns, rows, note)], data_words(trained))

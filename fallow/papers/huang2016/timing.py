@@ -9,7 +9,7 @@ from typing import Any
 from fallow.recipes._arm import Arm
 from fallow.recipes._config import Config
 from fallow.recipes._job import Job, prepared
-from fallow.recipes._measure import mean, ratio
+from fallow.recipes._measure import mean, ratio_of_means
 from fallow.recipes._optimise import learning_rate
 
 CONSTANT = "constant depth"
@@ -57,7 +57,7 @@ def timing_cell(
     return {
         "ways": {
             name: {
-                "time": ratio(arm.log[clock], constant.log[clock]),
+                "time": ratio_of_means(arm.log[clock], constant.log[clock]),
                 "realised_cost": mean(arm.log["cost"][1:]),
                 "expected_cost": jobs[name].results["budget"]["expected_cost"],
             }
