@@ -11,9 +11,11 @@ from fallow.errors import need
 from fallow.papers._experiments import Cell
 
 Found = Sequence[tuple[Cell, Mapping[str, Any]]]
+Gathered = dict[str, list[Any]]
 # A difference is called "not shown" within this many standard errors, and where one as large has more than
 # this chance though nothing differs: with few seeds two standard errors alone are met too easily.
 SHOWN, CHANCE = 2.0, 0.05
+FEW, NOT_SHOWN = "too few seeds", "not shown"
 
 
 def series(
@@ -105,12 +107,12 @@ def over_epochs(
 ) -> dict[str, Any]:
     """A number of the epochs' records, times `factor`: its mean over runs, with standard errors.
 
-    An epoch in which no run has a number is left out.
+    An epoch in which no run has a number, or none was measured, is left out.
     """
     points = [
         (records[0]["epoch"], *mean_and_error(known))
         for records in zip(*runs, strict=True)
-        if (known := [factor * record[key] for record in records if record[key] is not None])
+        if (known := [factor * value for record in records if (value := record.get(key)) is not None])
     ]
     return series(name, [x for x, *_ in points], [m for _, m, _ in points], error=[e for *_, e in points])
 
@@ -150,20 +152,31 @@ def compared(first: Mapping[int, float], second: Mapping[int, float]) -> dict[st
         return None
     mean, error = mean_and_error(pairs)
     assert error is not None
+    error = error if error > 1e-9 * abs(mean) else 0.0  # what rounding leaves of equal differences
     apart = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
     chance = float(2 * need("scipy.stats", "lab").t.sf(abs(apart), len(pairs) - 1))
     return {"difference": mean, "error": error, "apart": apart, "chance": chance, "seeds": len(pairs)}
 
 
 def is_shown(found: Mapping[str, Any]) -> bool:
-    """Whether a comparison shows a difference, by `SHOWN` and `CHANCE`."""
-    return abs(found["apart"]) >= SHOWN and found["chance"] <= CHANCE
+    """Whether a comparison shows a difference, by `SHOWN` and `CHANCE`.
+
+    Never from pairs that all differ by the same: errors are counts of few images, so that two or three of
+    them coincide now and then, and their spread of 0 is no standard error.
+    """
+    apart = abs(found["apart"])
+    return SHOWN <= apart < math.inf and found["chance"] <= CHANCE
+
+
+def told(found: Mapping[str, Any] | None, less: str, more: str) -> str:
+    """`less` or `more`, whichever a comparison shows; or that it shows neither."""
+    if found is None or found["seeds"] < 3:
+        return FEW
+    if not is_shown(found):
+        return NOT_SHOWN
+    return less if found["difference"] < 0 else more
 
 
 def verdict(found: Mapping[str, Any] | None, lower: str, higher: str) -> str:
     """Which of two rules has the smaller error, in words; or that none is shown to have it."""
-    if found is None:
-        return "too few seeds"
-    if not is_shown(found):
-        return "not shown"
-    return f"{lower} better" if found["difference"] < 0 else f"{higher} better"
+    return told(found, f"{lower} better", f"{higher} better")

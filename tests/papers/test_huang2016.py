@@ -22,6 +22,7 @@ from fallow.papers._experiments import Cell, Paper
 from fallow.papers.huang2016 import results as huang_results
 from fallow.papers.huang2016 import sizes as huang_sizes
 from fallow.papers.huang2016 import sweeps as huang_sweeps
+from fallow.papers.huang2016 import times as huang_times
 from fallow.papers.huang2016.sizes import OWN, WAYS, Images, Size, by_scale
 from fallow.papers.huang2016.timing import CONSTANT, timing_cell
 from fallow.recipes._config import Config
@@ -199,6 +200,9 @@ def beside(error: float, constant: float, **more: Any) -> dict[str, Any]:
         "twin_epochs": epochs((1.5, 0.5), (0.4, 0.2), (0.2, 0.1)),
         "time_ratio": {"median": 0.8, "low": 0.7, "high": 0.9},
         "wall_ratio": {"median": 0.6, "low": 0.5, "high": 0.7},
+        "mean_time_ratio": {"ratio": 0.81, "low": 0.8, "high": 0.82},
+        "mean_wall_ratio": {"ratio": 0.61, "low": 0.6, "high": 0.62},
+        "timed_cost": 0.75,
         "wall_s_per_step": [0.03, 0.05],
         "memory_ratio": 0.9,
         "memory_mb": [9.0, 10.0],
@@ -250,30 +254,53 @@ def test_one_seed_compares_nothing():
     assert len(gathered["statements"]) == 1  # of the images
 
 
+def about(ratio: float, error: float) -> dict[str, float]:
+    """A ratio with an interval of this standard error."""
+    return {"ratio": ratio, "low": ratio - 1.96 * error, "high": ratio + 1.96 * error}
+
+
 @pytest.mark.parametrize(
     ("ideal", "words"),
     [
-        (0.80, "+0.020 of the ideal by time (0.800): within 0.03 of it."),
-        (0.75, "+0.070 of the ideal by time (0.750): not within 0.03 of it."),
-        (0.84, "-0.020 of the ideal by time (0.840): within 0.03 of it."),
-        (0.90, "-0.080 of the ideal by time (0.900): not within 0.03 of it."),
+        (0.815, "by time 0.815: +0.005 ± 0.006, within 0.03 of it."),
+        (0.80, "by time 0.800: +0.020 ± 0.006, within 0.03 of it, though not by two standard errors."),
+        (0.785, "by time 0.785: +0.035 ± 0.006, not within 0.03 of it, though not by two standard errors."),
+        (0.75, "by time 0.750: +0.070 ± 0.006, not within 0.03 of it."),
+        (0.90, "by time 0.900: -0.080 ± 0.006, not within 0.03 of it."),
         (None, "the ideal by FLOPs is 0.750."),
     ],
 )
 def test_times_stand_beside_the_ideal(ideal: float | None, words: str):
-    of = [{"time_ratio": {"median": m}, "ideal": {"flops": 0.75, "time": ideal}} for m in (0.8, 0.82, 0.84)]
-    gathered = huang_results.times([tagged(beside(9, 10, **one), i) for i, one in enumerate(of)])
+    of = [
+        {"mean_time_ratio": about(m, 0.001), "ideal": {"flops": 0.75, "time": ideal}}
+        for m in (0.81, 0.82, 0.83)
+    ]
+    gathered = huang_times.times([tagged(beside(9, 10, **one), i) for i, one in enumerate(of)])
     (row,) = gathered["tables"][0]["rows"]
-    assert row[1:5] == pytest.approx([100, 80, 0.82, 0.02 / math.sqrt(3)])
+    assert row[1:5] == pytest.approx([100, 80, 0.82, 0.01 / math.sqrt(3)])
     assert row[5] == 0.75 and (row[6] == pytest.approx(ideal) if ideal else math.isnan(row[6]))
     assert row[7:] == pytest.approx([0.9, 6.5, 6.6, 3, (15 * 60 + 7) / (20 * 60 + 42)])
     assert gathered["statements"][0].endswith(words) and "takes 0.820 of" in gathered["statements"][0]
 
 
+def test_the_ideal_is_that_of_the_draws_that_were_timed():
+    """Half of all that can rest is expected to, three quarters of it did."""
+    one = beside(9, 10, ideal={"flops": 0.8, "time": 0.9}, timed_cost=0.7, mean_time_ratio=about(0.86, 0.001))
+    gathered = huang_times.times([tagged(one, 0)])
+    assert gathered["tables"][0]["rows"][0][5:7] == pytest.approx([0.7, 0.85])
+    assert gathered["statements"][0].endswith("+0.010 ± 0.001, within 0.03 of it.")
+
+
+def test_where_seeds_agree_the_steps_say_how_sure_it_is():
+    made = [tagged(beside(9, 10, mean_time_ratio=about(0.8, 0.04)), i) for i in range(4)]
+    (row,) = huang_times.times(made)["tables"][0]["rows"]
+    assert row[3:5] == pytest.approx([0.8, 0.02])
+
+
 def test_on_a_gpu_the_wall_clock_counts():
     config = {**alone(9)["config"], "device": "cuda:0"}
-    (row,) = huang_results.times([tagged(beside(9, 10, config=config), 0)])["tables"][0]["rows"]
-    assert row[1:5] == pytest.approx([50, 30, 0.6, None])
+    (row,) = huang_times.times([tagged(beside(9, 10, config=config), 0)])["tables"][0]["rows"]
+    assert row[1:5] == pytest.approx([50, 30, 0.61, 0.01 / 1.96])
 
 
 def test_gradients_are_compared_by_geometric_means():
@@ -287,22 +314,52 @@ def test_gradients_are_compared_by_geometric_means():
     assert gathered["tables"][0]["rows"] == [
         ["some", pytest.approx(2), pytest.approx(2 * math.log(2)), 2, 4, 2]
     ]
+    (said,) = gathered["statements"]
+    assert said == "some: 2.00 times constant depth's, larger in 2 of 4 epochs: too few seeds."
     lines = {line["name"]: line for line in gathered["panels"][0]["series"]}
     assert lines["stochastic depth"]["y"] == [1.5, 4.5] and lines["constant depth"]["y"] == [1.0, 1.0]
     assert lines["stochastic depth"]["error"] == pytest.approx([0.5, 3.5])
 
 
+@pytest.mark.parametrize(("up", "judged"), [(True, "larger"), (False, "smaller, the paper's is larger")])
+def test_gradients_are_judged_against_the_papers_statement(up: bool, judged: str):
+    nothing, twins = (0.0, 0.0), (1.0, 1.0)
+    made = []
+    for seed, factor in enumerate((1.5, 1.6, 1.7)):
+        of = (factor, factor) if up else (1 / factor, 1 / factor)
+        both = {"epochs": epochs(nothing, nothing, of), "twin_epochs": epochs(nothing, nothing, twins)}
+        made.append(tagged(beside(9, 10, **both), seed))
+    (said,) = huang_results.gradients(made)["statements"]
+    assert said.endswith(f"larger in {6 if up else 0} of 6 epochs: {judged}.")
+
+
 def test_curves_hold_both_arms_and_the_papers_levels():
     made = [tagged(beside(9, 10), 0), tagged(beside(9, 10), 0, task="digits", data="digits")]
-    error, loss, other, _ = huang_results.curves(made)["panels"]
+    gathered = huang_results.curves(made)
+    error, loss, other, _ = gathered["panels"]
     assert [(line["name"], line["y"], line["label"]) for line in error["series"]] == [
-        ("constant depth", [40, 20], "ours"),
-        ("stochastic depth", [50, 25], "ours"),
-        ("test error, constant depth", [6.41] * 2, "paper"),
-        ("test error, stochastic depth", [5.25] * 2, "paper"),
+        ("validation, constant depth", [40, 20], "ours"),
+        ("validation, stochastic depth", [50, 25], "ours"),
+        ("test, constant depth, 110 layers, 500 epochs", [6.41] * 2, "paper"),
+        ("test, stochastic depth, 110 layers, 500 epochs", [5.25] * 2, "paper"),
     ]
     assert [line["y"] for line in loss["series"]] == [[1.5, 0.5], [2.0, 1.0]]
     assert len(other["series"]) == 2  # the paper has no digits
+    assert gathered["tables"] == []  # nothing was tested on the way
+
+
+def test_test_errors_on_the_way_are_points_and_rows():
+    one = beside(9, 10)
+    one["epochs"][1]["test_error"], one["twin_epochs"][1]["test_error"] = 0.26, 0.22
+    gathered = huang_results.curves([tagged(one, 0, data="digits")])
+    points = [line for line in gathered["panels"][0]["series"] if line["style"] == "points"]
+    assert [(line["name"], line["x"], line["y"]) for line in points] == [
+        ("test, constant depth", [2], [22]),
+        ("test, stochastic depth", [2], [26]),
+    ]
+    (table,) = gathered["tables"]
+    assert table["caption"] == "some" and table["rows"] == [[2, 20, 25, 22, 26, 0.5, 1.0]]
+    assert len(table["columns"]) == 7
 
 
 def test_numbers_that_are_not_there_are_left_out_of_curves_and_gradients():
@@ -314,9 +371,9 @@ def test_numbers_that_are_not_there_are_left_out_of_curves_and_gradients():
     assert huang_results.gradients(made)["tables"][0]["rows"] == [["some", pytest.approx(3), None, 1, 1, 1]]
     for nothing in (None, 0.0):
         none = epochs((None,) * 2, (None,) * 2, (nothing,) * 2)
-        made = [tagged(beside(9, 10, epochs=none, twin_epochs=none, time_ratio=None), 0)]
+        made = [tagged(beside(9, 10, epochs=none, twin_epochs=none, mean_time_ratio=None), 0)]
         assert huang_results.gradients(made)["tables"][0]["rows"] == []
-        assert huang_results.times(made)["tables"][0]["rows"] == []
+        assert huang_times.times(made)["tables"][0]["rows"] == []
         assert not any(map(_charts.curves, huang_results.curves(made)["panels"]))
 
 
@@ -324,7 +381,9 @@ def test_the_very_deep_net_is_told_by_arm():
     losses = epochs((9.0, 4.0), (0.9, 0.9), (1.0, 1.0))
     gathered = huang_results.deep([tagged(beside(80, 85, epochs=losses, memory_mb=[7.0, None]), 0)])
     times, own = gathered["tables"]
-    assert times["rows"][0][3] == 0.8
+    assert times["rows"][0][3] == 0.81
+    assert "paper: ratio" not in times["columns"]  # it timed no net of this depth
+    assert len(times["rows"][0]) == len(times["columns"])
     assert own["rows"] == [
         ["constant depth", 0, 6, 1.5, 0.5, 85, None],
         ["stochastic depth", 0, 6, 9.0, 4.0, 80, 7.0],
@@ -354,6 +413,20 @@ def test_the_sweep_has_a_curve_a_rule_and_levels(data: str):
     assert list(rows) == ["linear, 0.2", "linear, 0.5", "uniform, 0.2", "uniform, 0.8"]
     # pairs: 9 - 10 and 10 - 12
     assert rows["linear, 0.5"][1:6] == pytest.approx([9.5, 0.5, -1.5, 0.5, 2])
+    (both,) = gathered["tables"][1]["rows"]  # pairs: 14 - 8 and 15 - 8
+    assert both == ["0.2", pytest.approx(6.5), pytest.approx(0.5), 2, "too few seeds"]
+
+
+def test_the_sweep_says_where_rules_are_shown_to_differ():
+    made = [tagged(beside(9.0 + i / 9, 10.0 + i / 10), i) for i in range(3)]
+    for last, error in ((0.2, 20.0), (0.5, 12.0), (0.8, 9.4)):
+        made += [tagged(alone(error + i / 9), i, rule="uniform", last=last) for i in range(3)]
+    made += [tagged(alone(9.4 + i), i, last=0.8) for i in range(3)]
+    linear, uniform, against, *_ = huang_sweeps.sweep(made)["statements"]
+    assert linear == "linear rates against constant depth: better at p_L = 0.5; not shown at p_L = 0.8."
+    assert uniform == "uniform rates against constant depth: worse at p_L = 0.2, 0.5; better at p_L = 0.8."
+    # at 0.5 all three pairs differ by 3 points exactly, so that their spread says nothing
+    assert against == "Linear against uniform rates: not shown at p_L = 0.5, 0.8."
 
 
 def test_the_map_has_constant_depth_as_rate_1_and_gaps_where_nothing_is_known():
@@ -368,7 +441,8 @@ def test_the_map_has_constant_depth_as_rate_1_and_gaps_where_nothing_is_known():
     assert [row[0] for row in rows] == ["0.2", "0.5", "1 (constant depth)"]
     assert rows[1] == ["0.5", pytest.approx(9.5), pytest.approx(0.5), None, None]
     assert gathered["statements"] == [
-        "20 layers: the lowest mean is that of p_L = 0.5, 9.50 ± 0.50 %.",
+        "20 layers: the lowest mean is that of p_L = 0.5, 9.50 ± 0.50 %, -3.00 ± 0.00 from constant depth: "
+        "too few seeds.",
         "32 layers: the lowest mean is that of p_L = 0.2, 20.00 %.",
     ]
     (said,) = huang_sweeps.heat_map([tagged(beside(9, 8), 0)])["statements"]
@@ -396,7 +470,8 @@ def test_the_ablation_tells_errors_and_times_apart_or_together():
     assert rows["constant depth"][6:] == [None] * 4
     # pairs: 8 - 9 and 10 - 10
     assert rows[other][1:5] == pytest.approx([9, 1, -0.5, 0.5])
-    assert rows[other][5:] == ["not shown", 0.75, 0.8, 0.7, 0.9]
+    assert rows[other][5:] == ["too few seeds", 0.75, 0.8, 0.7, 0.9]
+    assert together["statements"][1] == f"{other}: -0.50 ± 0.50 points from {OWN}: too few seeds."
     assert rows[OWN][1:6] == [pytest.approx(9.5), pytest.approx(0.5), None, None, ""]
     assert rows["exact, batch, none"][1:7] == [None] * 4 + ["too few seeds", 0.75]
     without = huang_sweeps.ablation(trained)["tables"][0]["rows"]
