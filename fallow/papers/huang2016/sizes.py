@@ -101,13 +101,13 @@ def _digits(depth: int, minutes: float, seeds: int, epochs: int) -> Images:
 
 
 def _some(name: str, title: str, depth: int, minutes: float, seeds: int, **options: Any) -> Images:
-    every = _every(options["epochs"])
+    every = options.pop("test_every", _every(options["epochs"]))
     return Images(title, name, depth, minutes, seeds, {"batch_size": 64, **options}, test_every=every)
 
 
-def _every(epochs: int) -> int:
-    """Epochs between test errors: four in a short training, every tenth in a long one."""
-    return max(min(epochs // 4, 10), 1)
+def _every(epochs: int) -> int | None:
+    """Epochs between test errors: four in a short training, every tenth in a long one, at a few steps none."""
+    return min(epochs // 4, 10) or None
 
 
 def _cifar(depth: int, minutes: float, epochs: int, augmented: Sequence[bool] = (True, False)) -> Images:
@@ -129,6 +129,7 @@ SIZES = {
                 epochs=8,
                 train_size=1000,
                 batch_size=32,
+                test_every=4,  # ten images to test for one to train on
             ),
         ),
         swept=0,
