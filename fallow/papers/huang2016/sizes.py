@@ -106,7 +106,7 @@ def _some(name: str, title: str, depth: int, minutes: float, seeds: int, **optio
 
 
 def _every(epochs: int) -> int | None:
-    """Epochs between test errors: four in a short training, every tenth in a long one, at a few steps none."""
+    """Epochs between test errors: a quarter of a short training's, ten of a long one's, none of a few's."""
     return min(epochs // 4, 10) or None
 
 
