@@ -290,6 +290,11 @@ def test_adaprox_is_cut_by_the_rates_of_its_last_step():
         assert torch.equal(mask[sure], (rate >= 0.05)[sure])
         seen |= set(mask.flatten().tolist())
     assert seen == {True, False}
+    (by_strength,) = {  # alpha < .05 where |w| is below the root of w (w + 2) = lambda .05 / .95
+        torch.equal(mask, p.abs() >= math.sqrt(1 + 1e-3 * 0.05 / 0.95) - 1)
+        for mask, p in zip(trainee.masks_by_strength().values(), parameters, strict=True)
+    }
+    assert by_strength
 
 
 def test_adatikhonov_is_logsum_after_the_first_step_of_ridge():
@@ -479,6 +484,18 @@ def test_agreement_is_within_half_a_point_and_a_quarter(
         else (len(outside) == 1 and f"Outside, {where} AdaProx" in outside[0])
     )
     assert ("7 of 7" if where is None else "6 of 7") in gathered["statements"][1]
+
+
+def test_another_cut_of_the_same_networks_is_told():
+    made = as_authors()
+    own = (result for cell, result in made if cell.tags["method"] == "adaprox")
+    for result, fraction in zip(own, (0.02, 0.025, 0.04), strict=False):
+        result["by_strength"] = {"test_error": fraction, "fraction": fraction}
+    (said,) = (words for words in lejeune_results.methods(made)["statements"] if "where it is cut" in words)
+    sizes = [one["by_strength"]["fraction"] for _, one in made if "by_strength" in one]
+    assert len(sizes) > 1
+    assert f"have {1 / max(sizes):.1f}x to {1 / min(sizes):.1f}x with" in said
+    assert f"error of {100 * min(sizes):.2f} to {100 * max(sizes):.2f} %" in said
 
 
 def test_as_published_counts_the_published_eta_trick_and_shows_both():

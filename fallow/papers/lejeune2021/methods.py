@@ -81,6 +81,10 @@ class Trainee:
         """True = kept, of each weight: what a network at the end has, as of now."""
         raise NotImplementedError
 
+    def masks_by_strength(self) -> dict[str, Tensor]:
+        """The same by another rule, for a method whose own depends on the learning rate; empty for others."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """To go on from."""
         return {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -149,6 +153,7 @@ class Penalised(Trainee):
         self, model: nn.Module, plan: Plan, strategy: Any, method: str = "gradient", **more: Any
     ) -> None:
         super().__init__(model, plan)
+        self.strategy = strategy
         given = {"strength": STRENGTH, **plan.settings, **more}
         given.pop("eps", None)
         if "target" in given:
@@ -217,6 +222,13 @@ class Multiplied(Penalised):
     def masks(self) -> dict[str, Tensor]:
         """By the survival rates of the last step of the epoch."""
         return self._kept
+
+    def masks_by_strength(self) -> dict[str, Tensor]:
+        """By the survival rates for the strength itself, which cut the weights of LogSum."""
+        return {
+            weight.name: self.strategy.survival_rate(weight.magnitude(), self.run.strength) >= CUT
+            for weight in self.run.weights
+        }
 
 
 # --- variational dropout ------------------------------------------------------------------------------------

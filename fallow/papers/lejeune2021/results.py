@@ -212,6 +212,7 @@ def _said(found: Found, made: Mapping[str, Row], seven: Sequence[Row], judged: b
     if judged:
         words += _judged(seven)
         words += [_outside(row) for row in seven if row.close != (True, True)]
+        words += _by_strength(found)
         others = [row for row in made.values() if row not in seven]
         words += [f"Beside the seven: {_numbers(row)}." for row in others]
     else:
@@ -241,6 +242,24 @@ def _outside(row: Row) -> str:
     error, fraction = row.author
     theirs = f"the authors' run had {error:g} % and {1 / fraction:.1f}x"
     return f"Outside, in {_which(row)}: {_numbers(row)}; {theirs}."
+
+
+def _by_strength(found: Found) -> list[str]:
+    """How many weights AdaProx has left by the cut of the other methods, in the same networks."""
+    own = [result for _, result in found if "by_strength" in result]
+    if not own:
+        return []
+    (method,) = {cell.tags["method"] for cell, result in found if "by_strength" in result}
+    other = [result["by_strength"] for result in own]
+    sizes = sorted(1 / one["fraction"] for one in other if one["fraction"])
+    errors = sorted(100 * one["test_error"] for one in other)
+    ends = f"{sizes[0]:.1f}x to {sizes[-1]:.1f}x" if sizes else "nothing left"
+    return [
+        f"{METHODS[method].title} depends on where it is cut: its last survival rates hold the learning "
+        "rate, which has fallen to nearly 0, so that what Adam moves to and fro about 0 counts as left. The same "
+        "networks, cut as LogSum's are by the survival rates for λ itself, have "
+        f"{ends} with an error of {errors[0]:.2f} to {errors[-1]:.2f} %."
+    ]
 
 
 def _which(row: Row) -> str:
