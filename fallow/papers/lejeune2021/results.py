@@ -256,8 +256,8 @@ def _by_strength(found: Found) -> list[str]:
     ends = f"{sizes[0]:.1f}x to {sizes[-1]:.1f}x" if sizes else "nothing left"
     return [
         f"{METHODS[method].title} depends on where it is cut: its last survival rates hold the learning "
-        "rate, which has fallen to nearly 0, so that what Adam moves to and fro about 0 counts as left. The same "
-        "networks, cut as LogSum's are by the survival rates for λ itself, have "
+        "rate, which has fallen to nearly 0, so that what Adam moves to and fro about 0 counts as left. The "
+        "same networks, cut as LogSum's are by the survival rates for λ itself, have "
         f"{ends} with an error of {errors[0]:.2f} to {errors[-1]:.2f} %."
     ]
 
