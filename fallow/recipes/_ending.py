@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,29 @@ class NotFinite(RunError):
         self.record = record or {}
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a run that ended early, in the words of the command that was called.
+
+    Attributes:
+        less: where memory was short, what to take: "Take ..." is put before it.
+        diverged: where a loss or a weight was not finite; a sentence without its full stop.
+        again: the command that goes on; None: `fallow train --resume` with the run's folder.
+    """
+
+    less: str
+    diverged: str = "Start anew with a lower --learning-rate"
+    again: str | None = None
+
+
 @contextlib.contextmanager
 def noted(
-    folder: RunFolder, write: Callable[..., None], step: Callable[[], int], *, less: str
+    folder: RunFolder,
+    write: Callable[..., None],
+    step: Callable[[], int],
+    *,
+    less: str,
+    diverged: str = Advice.diverged,
 ) -> Iterator[None]:
     """Inside, a request to stop, an error of ours or a want of memory is put in words and noted.
 
@@ -35,7 +56,8 @@ def noted(
         folder: of the run.
         write: called with a status and what else is to be noted.
         step: how many steps are done.
-        less: what to do where memory is short, in words.
+        less: what to take where memory is short, in words.
+        diverged: what to do where a number was not finite; a sentence.
 
     Raises:
         RunError: what failed, with what is left and what to do.
@@ -52,24 +74,26 @@ def noted(
         note("interrupted", message=str(stop))
         raise
     except (FallowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, FallowError) and not _of_memory(error):
+        if not isinstance(error, FallowError) and not of_memory(error):
             raise
-        failure = _failure(error, folder, step(), less)
+        failure = _failure(error, folder, step(), less, diverged)
         record = {"failure": error.record} if isinstance(error, NotFinite) and error.record else {}
         note("failed", message=str(failure), **record)
         raise failure from error
 
 
-def _of_memory(error: RuntimeError) -> bool:
+def of_memory(error: BaseException) -> bool:
     """Whether there was too little of it; on a CPU torch has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _failure(error: BaseException, folder: RunFolder, step: int, less: str) -> RunError:
+def _failure(error: BaseException, folder: RunFolder, step: int, less: str, diverged: str) -> RunError:
     """The error in words that say what is left and what to do."""
     kept = "the last good checkpoint is kept" if folder.has_state() else "there is no checkpoint yet"
     if isinstance(error, NotFinite):
-        return RunError(f"{error}: {kept} in {folder.path}. Start anew with a lower --learning-rate")
+        return RunError(f"{error}: {kept} in {folder.path}. {diverged}")
     if isinstance(error, RunError):
         return error
     if isinstance(error, FallowError):

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from fallow.errors import DataError, UsageError
 from fallow.recipes._arm import build
 from fallow.recipes._batches import Batches
 from fallow.recipes._config import Config
-from fallow.recipes._ending import noted, stop_if_asked
+from fallow.recipes._ending import Advice, noted, stop_if_asked
 from fallow.recipes._job import (
     Job,
     checkpoint,
@@ -29,7 +31,7 @@ from fallow.recipes._job import (
     write_results,
 )
 from fallow.recipes._optimise import learning_rate
-from fallow.recipes._run import RESULTS, WEIGHTS, RunFolder, first_free
+from fallow.recipes._run import CONFIG, RESULTS, WEIGHTS, RunFolder, first_free
 from fallow.recipes._stop import Interrupted, asked_to_stop
 from fallow.recipes.show import Show, Silent, epoch_words
 from fallow.surgery import Sites, sites
@@ -38,6 +40,7 @@ __all__ = ["Config", "Interrupted", "read_results", "resume", "sites_of", "train
 
 TWIN_WEIGHTS = "twin.safetensors"
 _MEMORY_MEASURED = 16  # steps at most, spread over the run
+_ADVICE = Advice("a smaller --batch-size, or --accumulate to take each batch in pieces")
 
 
 def train(
@@ -46,6 +49,7 @@ def train(
     *,
     show: Show | None = None,
     command: str = "fallow train",
+    advice: Advice = _ADVICE,
 ) -> Path:
     """Train a model, and its twin, from the start.
 
@@ -54,6 +58,7 @@ def train(
         out: the run's folder, new or empty; None: runs/DATA-MODEL-N with the first free N.
         show: where progress goes; None: nowhere.
         command: what the user called, for the results.
+        advice: what to do about a failure, in the words of that command.
 
     Returns:
         The run's folder.
@@ -63,38 +68,60 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     config = config.settled()
-    folder = RunFolder(out if out is not None else first_free(config.data, config.model))
+    folder = RunFolder(out if out is not None else first_free(config.data, config.model), advice.again)
     folder.refuse_used()
     with prepared(config, command) as job:
         folder.create(config.as_dict())
-        _run(job, folder, show or Silent(), fresh=True)
+        _run(job, folder, show or Silent(), advice, fresh=True)
     return folder.path
 
 
-def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    show: Show | None = None,
+    data_dir: str | os.PathLike[str] | EllipsisType | None = ...,
+    device: str | None = None,
+    advice: Advice = _ADVICE,
+) -> Path:
     """Continue a run from its last whole checkpoint, bit for bit; from the start where it has none yet.
 
     Args:
         run: its folder. A run that is done is left as it is.
         show: where progress goes; None: nowhere.
+        data_dir: where its image set is now; None: where one is looked for by default. Left out: where it
+            was. Kept with the run's options once it goes on.
+        device: where it goes on, of the kind that it began on; None: where it was. Kept likewise.
+        advice: what to do about a failure, in the words of the command that was called.
 
     Returns:
         The run's folder.
 
     Raises:
-        UsageError: no run is there, or the data set is not the one it began with.
+        UsageError: no run is there, the data set is not the one it began with, or a run that has a
+            checkpoint is to go on on another kind of device.
         RunError: as in `train`; also where no checkpoint is whole.
     """
     show = show or Silent()
-    folder = RunFolder(run)
+    folder = RunFolder(run, advice.again)
     given = folder.config()
     if "recipe" in given:
         other = f"fallow {given['recipe']}"
         raise UsageError(f"{run} is a run of {other}: continue it with {other} --resume {run}")
-    config = Config.of(given).settled()
+    moved = began = Config.of(given)
+    if not isinstance(data_dir, EllipsisType):
+        moved = replace(moved, data_dir=None if data_dir is None else os.fspath(data_dir))
+    if device is not None:
+        moved = replace(moved, device=device)
+    config = moved.settled()
     if folder.status() == "done":
         show.say(f"the run in {folder.path} is done already")
         return folder.path
+    if device is not None and folder.has_state() and not same_kind(began.device, config.device):
+        raise UsageError(
+            f"the run in {folder.path} has a checkpoint of {began.device}, from which it would not go on bit "
+            f"for bit on {config.device}: continue it where it began, or start a new run"
+        )
     folder.remove_temporaries()
     state = folder.read_state(show.say)
     with prepared(config, "fallow train") as job:
@@ -103,11 +130,18 @@ def resume(run: str | os.PathLike[str], *, show: Show | None = None) -> Path:
         else:
             show.say(f"going on from step {state['step']} of {job.total}")
             restore(job, state)
-        _run(job, folder, show, fresh=state is None)
+        if (config.data_dir, config.device) != (began.data_dir, began.device):  # whoever is next finds it too
+            folder.write_json(CONFIG, config.as_dict())
+        _run(job, folder, show, advice, fresh=state is None)
     return folder.path
 
 
-def _run(job: Job, folder: RunFolder, show: Show, *, fresh: bool) -> None:
+def same_kind(one: str, other: str) -> bool:
+    """Whether two devices are of one kind, as cuda:0 and cuda:1 are."""
+    return one.partition(":")[0] == other.partition(":")[0]
+
+
+def _run(job: Job, folder: RunFolder, show: Show, advice: Advice, *, fresh: bool) -> None:
     """The loop, before a fresh one what is measured once, and the note of how it ended: files stay whole."""
     write_results(job, folder, "running")
     show.begin(job.step, job.total)
@@ -115,9 +149,8 @@ def _run(job: Job, folder: RunFolder, show: Show, *, fresh: bool) -> None:
     def note(status: str, **more: Any) -> None:
         write_results(job, folder, status, ended=True, **more)
 
-    less = "a smaller --batch-size, or --accumulate to take each batch in pieces"
     try:
-        with noted(folder, note, lambda: job.step, less=less):
+        with noted(folder, note, lambda: job.step, less=advice.less, diverged=advice.diverged):
             if fresh:
                 measure(job)
             _loop(job, folder, show)
