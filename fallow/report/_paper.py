@@ -81,11 +81,15 @@ def _warning(results: dict[str, Any]) -> str:
     """What a reader must know of a reproduction that is not whole."""
     cells = records(results.get("cells"))
     done = sum(cell.get("status") == "done" for cell in cells)
-    failed = [str(cell.get("name")) for cell in cells if cell.get("status") == "failed"]
+    failed: dict[str, list[str]] = {}  # by reason: many cells may fail alike
+    for cell in cells:
+        if cell.get("status") == "failed":
+            failed.setdefault(str(cell.get("message") or ""), []).append(str(cell.get("name")))
     if done == len(cells):
         return ""
     words = f"{done} of {len(cells)} cells are done; what is not there yet is left out below."
-    return words + (f" Failed: {', '.join(failed)}." if failed else "")
+    reasons = [", ".join(names) + (f" ({reason})" if reason else "") for reason, names in failed.items()]
+    return words + (f" Failed: {'; '.join(reasons)}." if reasons else "")
 
 
 def part(item: dict[str, Any], anchor: str, labels: Any) -> Part:

@@ -147,6 +147,8 @@ def test_what_is_not_done_is_said():
         {"name": "b", "status": "failed"},
         {"name": "c", "status": "open"},
     ]
+    why = [{"name": name, "status": "failed", "message": "too hot"} for name in ("d", "e")]
+    assert "Failed: b; d, e (too hot)." in _paper.render([changed(cells=cells + why, status="partial")])
     results = changed(cells=cells, status="partial")
     results["items"][0].update(status="partial", cells_done=1, cells=3)
     page = _paper.render([results])
