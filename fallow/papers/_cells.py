@@ -1,12 +1,13 @@
 """One cell in its folder: run or resumed, never twice; what it found is read from the folder alone.
 
-A cell that trains is an ordinary run folder. Any other leaves `cell.json`, and the parts of a long one stay
-in `pieces/` until it is done. Every file is written whole or not at all.
+A cell that trains is an ordinary run folder. Any other has a `cell.json` from its beginning on, and the
+parts of a long one stay in `pieces/` until it is done. Every file is written whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from fallow.papers._experiments import Cell
 from fallow.recipes import train
 from fallow.recipes._batches import seed_of
 from fallow.recipes._config import Config
+from fallow.recipes._ending import Advice, of_memory
+from fallow.recipes._results import now
 from fallow.recipes._run import CONFIG, RunFolder, finite
 from fallow.recipes.show import Show
 
@@ -28,6 +31,9 @@ SCHEMA = 1
 AGAIN = "the same fallow reproduce"
 # Options that say where and with what a run works, not what it computes.
 _ELSEWHERE = ("data_dir", "device")
+# What a cell's files say of where its numbers come from; files of earlier versions lack some of it.
+ORIGIN = ("fallow", "torch", "hardware", "finished")
+_LESS = "fewer --jobs or a machine with more memory, then give the same command again: what is done stays"
 
 
 def is_done(cell: Cell, folder: Path) -> bool:
@@ -41,41 +47,61 @@ def run(cell: Cell, folder: Path, data_dir: str | None, command: str, show: Show
     """Run a cell, or what is left of it; one that is done is left alone.
 
     Raises:
-        UsageError: the folder holds a cell of the same name with other options.
+        UsageError: the folder holds a cell of the same name with other options, or one that was begun on
+            another kind of device.
+        DataError: a file of it, or its image set, cannot be read.
         RunError: it had to stop.
+        Interrupted: on request; what is done is kept.
     """
     refuse_other(cell, folder)
     if is_done(cell, folder):
         return
     if cell.work is None:
+        config, advice = _config(cell, data_dir), _advice(folder)
         if (folder / CONFIG).exists():
-            train.resume(folder, show=show)
+            where: Any = {key: getattr(config, key) for key in _ELSEWHERE}
+            train.resume(folder, show=show, advice=advice, **where)
         else:
-            train.train(_config(cell, data_dir), folder, show=show, command=command)
+            train.train(config, folder, show=show, command=command, advice=advice)
     else:
         _compute(cell, folder, data_dir)
 
 
 def refuse_other(cell: Cell, folder: Path) -> None:
-    """Refuse a folder in which a cell of this name was run, or begun, with other options."""
+    """Refuse a folder in which a cell of this name was run, or begun, in another way.
+
+    Raises:
+        UsageError: it has other options, or it was begun, not ended, on another kind of device: the numbers
+            of one cell are of one.
+        DataError: its file cannot be read.
+    """
     if cell.work is None:
         if not (folder / CONFIG).exists():
             return
-        before, now = _read(folder / CONFIG), _config(cell, None).as_dict()
-        before = {**before, "device": now["device"]}
-        before = Config.of({k: v for k, v in before.items() if k in now}).settled().as_dict()
-        other = [key for key in now if key not in _ELSEWHERE and before.get(key) != now[key]]
+        before, asked = _read(folder / CONFIG), _config(cell, None).as_dict()
+        began, here = before.get("device"), asked["device"]
+        before = {**before, "device": here}
+        before = Config.of({k: v for k, v in before.items() if k in asked}).settled().as_dict()
+        other = [key for key in asked if key not in _ELSEWHERE and before.get(key) != asked[key]]
+        kept = RunFolder(folder).has_state()
     else:
-        found = _read(folder / CELL)
-        if not found:
+        found, kept = _read(folder / CELL), any((folder / PIECES).glob("*.json"))
+        if found.get("status") != "done" and not kept:
             return
-        before, now = found.get("options", {}), _json(dict(cell.options))
-        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        before, asked = found.get("options", {}), _json(dict(cell.options))
+        began, here = found.get("device"), _device()
+        other = [key for key in {**before, **asked} if found and before.get(key) != asked.get(key)]
     if other:
         key = other[0]
         raise UsageError(
-            f"{folder} was made with {key} {before.get(key)}, and this asks for {now.get(key)}: name another "
-            "folder with --out, or remove that one"
+            f"{folder} was made with {key} {before.get(key)}, and this asks for {asked.get(key)}: name "
+            "another folder with --out, or remove that one"
+        )
+    if kept and began and not train.same_kind(began, here) and not is_done(cell, folder):
+        raise UsageError(
+            f"{folder} was begun on {began} and would go on on {here}, and the numbers of a cell must not be "
+            f"of both: give the command where there is {began}, name another folder with --out, or remove "
+            f"{folder}, whose cell then begins anew"
         )
 
 
@@ -132,6 +158,22 @@ def seconds(cell: Cell, folder: Path) -> float | None:
     return None if any(step is None for step, _ in took) else sum(step * steps for step, steps in took)
 
 
+def origin(cell: Cell, folder: Path) -> dict[str, str]:
+    """Where the numbers of a finished cell come from: those of `ORIGIN` that its files say."""
+    found = _read(folder / CELL) if cell.work is not None else train.read_results(folder)["provenance"]
+    said = {key: str(found[key]) for key in ORIGIN if found.get(key)}
+    if "hardware" in said:  # in the words of a reproduction, or one machine would look like two
+        said["hardware"] = said["hardware"].replace(", 1 threads", ", one thread a cell")
+    return said
+
+
+def hardware(device: str) -> str:
+    """What a device of that kind is, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, one thread a cell"
+
+
 class Pieces:
     """Keeps the parts of a long cell, so that a kill loses at most one of them.
 
@@ -164,26 +206,58 @@ def _compute(cell: Cell, folder: Path, data_dir: str | None) -> None:
     except OSError as error:
         raise RunError(f"the folder {folder} cannot be made ({error.strerror})") from None
     home.remove_temporaries()
-    start = time.process_time()
-    where = {"data_dir": data_dir} if cell.data else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(0, cell.name))
-        found = cell.work(**cell.options, **where, pieces=Pieces(cell.name, folder))
     record = {
         "schema": SCHEMA,
         "kind": "cell",
-        "status": "done",
+        "status": "begun",
         "name": cell.name,
         "work": f"{cell.work.__module__}.{cell.work.__qualname__}",
         "options": dict(cell.options),
+        "device": _device(),
+    }
+    home.write_json(CELL, record)  # or nobody could tell what the parts of it are parts of
+    start, allocated = time.process_time(), _allocated()
+    where = {"data_dir": data_dir} if cell.data else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, cell.name))
+        try:
+            found = cell.work(**cell.options, **where, pieces=Pieces(cell.name, folder))
+        except (MemoryError, RuntimeError) as error:
+            if not of_memory(error):
+                raise
+            raise RunError(f"not enough memory for {folder}. Take {_LESS}") from error
+    record |= {
+        "status": "done",
         "result": found,
         "seconds": time.process_time() - start,
         "fallow": __version__,
         "torch": str(torch.__version__),
+        "hardware": hardware("cuda" if _allocated() > allocated else "cpu"),
+        "finished": now(),
     }
     home.write_json(CELL, record)
     for path in (folder / PIECES).glob("*.json"):  # they are in the result now
         path.unlink()
+
+
+def _advice(folder: Path) -> Advice:
+    """What to do about a training run that failed: a reproduction has no flags for how it trains."""
+    again = (
+        "The same command ends the same way, for all that is drawn is fixed: only if the software has "
+        f"changed since, remove {folder} and give it again"
+    )
+    return Advice(_LESS, again, AGAIN)
+
+
+def _device() -> str:
+    """The kind of device that work takes where it can, as a training run does."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _allocated() -> int:
+    """How often memory of a GPU was taken so far: not at all by work that runs on a CPU alone."""
+    counts = torch.cuda.memory_stats() if torch.cuda.is_initialized() else {}
+    return counts.get("allocation.all.allocated", 0)
 
 
 def _config(cell: Cell, data_dir: str | None) -> Config:

@@ -55,7 +55,7 @@ class Cell:
         name: the folder's name, unique within its paper and scale.
         options: of `recipes.train.Config` for a training run, else the keyword arguments of `work`.
         tags: what distinguishes it for the plots (rule, budget, seed, ...).
-        minutes: what it is expected to take on one core.
+        minutes: what it is expected to take on one core; see `Scale.on_gpu`.
         work: None for a training run; else a function of a module that returns what JSON can hold. It is
             called with `options` and `pieces=`, a function `pieces(name, compute)` that keeps the result of
             each long part, and must be a function of its options alone. Where these name an image set under
@@ -122,10 +122,12 @@ class Scale:
     Attributes:
         about: its settings in words.
         takes: for one that wants a GPU, what it would take; else empty.
+        on_gpu: whether the minutes of its cells are a GPU's, not a core's.
     """
 
     about: str
     takes: str = ""
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def run_cells(
     data_dir: str | None = None,
     command: str = "fallow reproduce",
     watcher: Watcher | None = None,
+    outcomes: list[Outcome] | None = None,
 ) -> list[Outcome]:
     """Run those cells that are not done.
 
@@ -68,12 +69,15 @@ def run_cells(
         data_dir: where image sets are.
         command: what the user called, for the runs' results.
         watcher: is told of the progress.
+        outcomes: each is put here as it comes, and so is there after an interruption too.
 
     Returns:
-        How each cell that ran ended. A cell that fails does not keep the others from running.
+        How each cell that ran ended: `outcomes`. A cell that fails does not keep the others from running.
 
     Raises:
-        UsageError: a folder holds a cell with other options, or another process works here.
+        UsageError: a folder holds a cell with other options or one that was begun on another kind of device,
+            or another process works here.
+        DataError: a cell's file cannot be read.
         RunError: a process that ran cells was killed.
         Interrupted: SIGINT or SIGTERM came; what is done stays.
     """
@@ -82,7 +86,7 @@ def run_cells(
         _cells.refuse_other(cell, folder_of(cell, home))
     waiting = [cell for cell in cells if not _cells.is_done(cell, folder_of(cell, home))]
     jobs = max(1, min(jobs, len(waiting)))
-    outcomes: list[Outcome] = []
+    outcomes = [] if outcomes is None else outcomes
     watcher.begin(cells, waiting, jobs)
     try:
         with alone(home), _terminable():

@@ -7,9 +7,10 @@ A paper is data (`_experiments.Paper`); `reproduce` runs its cells, gathers what
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from fallow.errors import DataError, RunError, UsageError, check_count, nearest
 from fallow.papers import _cells, hayou2021, huang2016, lejeune2021, pal2020
 from fallow.papers._experiments import Cell, Paper
 from fallow.papers._runner import CELLS, Outcome, Watcher, expected_minutes, folder_of, run_cells
-from fallow.papers._written import is_done, results_in, write_results
+from fallow.papers._written import failed_in, is_done, results_in, write_results
 from fallow.paths import expanded
 from fallow.recipes._stop import Interrupted
 
@@ -61,7 +62,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the list: what there is, how to run it, what it should take, how far it is."""
+    """A line of the list: what there is, how to run it, what it should take, how far it is.
+
+    Attributes:
+        minutes: expected on two cores; at a scale of which the times are a GPU's, on one of these.
+        state: of the run in `home_of`, in words.
+    """
 
     paper: str
     item: str
@@ -98,27 +104,33 @@ def cores() -> int:
 
 
 def entries(papers: Sequence[Paper] | None = None) -> list[Entry]:
-    """Everything on the shelf, an item and a scale a line, with the state of the last run."""
+    """Everything on the shelf, an item and a scale a line, with the state of the run in `home_of`."""
     found = []
     for paper in papers if papers is not None else PAPERS.values():
-        for scale in paper.scales:
+        for scale, about in paper.scales.items():
+            home = home_of(paper.name, scale)
+            failed = failed_in(home)
             for item in paper.items:
                 cells = paper.cells([item], scale)
                 if not cells:
                     continue
                 command = f"fallow reproduce {paper.name} --only {item.name} --scale {scale}"
-                minutes = expected_minutes(cells, TWO_CORES)
-                state = _state(cells, home_of(paper.name, scale))
+                minutes = expected_minutes(cells, 1 if about.on_gpu else TWO_CORES)
+                state = _state(cells, home, failed)
                 found.append(Entry(paper.name, item.name, item.title, scale, command, minutes, state))
     return found
 
 
-def _state(cells: Sequence[Cell], home: Path) -> str:
-    """In words, from the folders."""
+def _state(cells: Sequence[Cell], home: Path, failed: Collection[str]) -> str:
+    """In words, from the folders, and from the results which cells failed when they were last run."""
     if not home.is_dir():
         return "not run"
-    done = sum(is_done(cell, home) for cell in cells)
-    return "done" if done == len(cells) else f"{done} of {len(cells)} cells" if done else "not run"
+    left = [cell for cell in cells if not is_done(cell, home)]
+    done, broken = len(cells) - len(left), sum(cell.name in failed for cell in left)
+    if not done and not broken:
+        return "not run"
+    words = f"{done} of {len(cells)} cells" if left else "done"
+    return f"{words}, {broken} failed" if broken else words
 
 
 def reproduce(
@@ -161,12 +173,14 @@ def reproduce(
     home = home_of(chosen.name, scale) if out is None else Path(out)
     where = None if data_dir is None else str(data_dir)
     _refuse(chosen, scale, home, force)
-    _need_data([cell for cell in cells if not is_done(cell, home)], where, _without_images(chosen))
+    _need_data([cell for cell in cells if not is_done(cell, home)], where, (chosen, scale))
     command = command or f"fallow reproduce {chosen.name} --scale {scale}"
+    outcomes: list[Outcome] = []
+    how: Any = {"jobs": jobs, "data_dir": where, "command": command, "watcher": watcher}
     try:
-        outcomes = run_cells(cells, home, jobs=jobs, data_dir=where, command=command, watcher=watcher)
+        run_cells(cells, home, **how, outcomes=outcomes)
     except (Interrupted, RunError):  # on request, or a worker was killed
-        write_results(chosen, scale, home, command, [], remarks)
+        write_results(chosen, scale, home, command, outcomes, remarks)
         raise
     write_results(chosen, scale, home, command, outcomes, remarks)
     return Done(home, tuple(outcome for outcome in outcomes if outcome.status == "failed"))
@@ -219,8 +233,17 @@ def _refuse(paper: Paper, scale: str, home: Path, force: bool) -> None:
         )
 
 
-def _need_data(cells: Sequence[Cell], data_dir: str | None, without: str = "") -> None:
-    """Read every image set once before anything runs, so that a missing one costs no time."""
+def _need_data(cells: Sequence[Cell], data_dir: str | None, asked: tuple[Paper, str] | None = None) -> None:
+    """Read every image set once before anything runs, so that a missing one costs no time.
+
+    Args:
+        cells: that are to run.
+        data_dir: where image sets are.
+        asked: the paper and the scale, of which what can run without is named; None: of none.
+
+    Raises:
+        DataError: a set is not there, or its folder.
+    """
     if data_dir is not None and not os.path.isdir(expanded(data_dir)):
         raise DataError(f"the data folder {data_dir} does not exist: pass the folder that holds the files.")
     missing: dict[str, DataError] = {}
@@ -232,10 +255,12 @@ def _need_data(cells: Sequence[Cell], data_dir: str | None, without: str = "") -
     if missing:
         first, *others = missing
         also = f" Missing too: {', '.join(others)}." if others else ""
+        without = "" if asked is None else _without(missing, *asked)
         raise DataError(f"{missing[first]}{also}{without}")
 
 
-def _without_images(paper: Paper) -> str:
-    """What can be run of a paper without any image set, in words."""
-    able = [item.name for item in paper.items if not any(c.data for cs in item.cells.values() for c in cs)]
-    return f" Without images run: --only {', --only '.join(able)}." if able else ""
+def _without(missing: Collection[str], paper: Paper, scale: str) -> str:
+    """What can be run of a paper at a scale without these image sets, in words."""
+    cells = {item.name: item.cells.get(scale, ()) for item in paper.items}
+    able = [name for name, its in cells.items() if its and not any(cell.data in missing for cell in its)]
+    return f" Without them run: --only {', --only '.join(able)}." if able else ""

@@ -258,6 +258,17 @@ def test_missing_images_are_said_before_anything_runs(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_images_what_the_digits_are_enough_for_at_that_scale_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="Fashion-MNIST was not found") as caught:
+        shelf.reproduce("huang2016", out=tmp_path / "out", data_dir=tmp_path)
+    assert str(caught.value).endswith(
+        " Without them run: --only rates, --only depths, --only deep, --only ablation."
+    )
+    with pytest.raises(DataError, match="was not found") as caught:  # no item there does without
+        shelf.reproduce("huang2016", scale="small", out=tmp_path / "out", data_dir=tmp_path)
+    assert "--only" not in str(caught.value)
+
+
 def test_a_folder_with_something_else_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match="holds something else"):

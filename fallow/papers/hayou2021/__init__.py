@@ -150,6 +150,7 @@ PAPER = Paper(
             "rate divided by 10 at a half and three quarters, weight decay 1e-4, 3 seeds: the protocol of "
             "the repository that the paper is thought to build on.",
             takes="168 training runs, by estimate 180 hours of one GPU (not measured), on two cores months",
+            on_gpu=True,
         ),
     },
     notes=(

@@ -190,6 +190,7 @@ PAPER = Paper(
             "600,000 steps of descent and 8,000 of L-BFGS; an MLP on 2,000 images of MNIST, ResNet-20 and "
             "ResNet-56 on 5,000 images of CIFAR-10.",
             takes="by estimate 40 hours of one GPU (not measured); its linear networks run on CPU cores",
+            on_gpu=True,
         ),
     },
     notes=(
