@@ -10,11 +10,12 @@ import typer
 
 from fallow.errors import RunError, UsageError, need
 from fallow.papers import _progress, shelf
-from fallow.papers._experiments import SCALES, Paper
+from fallow.papers._experiments import SCALES, Paper, Scale
 from fallow.recipes import show
 from fallow.report import write_report
 
 _SHOWN = 3  # failed cells that the closing error names
+_DAY = 24 * 60  # minutes
 
 
 def reproduce(
@@ -117,19 +118,30 @@ def _print_list(console: Any) -> None:
     """Every item of every paper, a block a paper and scale."""
     table_of, box = need("rich.table", "lab").Table, need("rich.box", "lab").SIMPLE_HEAD
     found = shelf.entries()
+    where = shelf.home_of("PAPER", "SCALE")
+    console.print(f"State: of {where}; a folder named with --out is not looked at.\n", highlight=False)
     for paper, scale in dict.fromkeys((entry.paper, entry.scale) for entry in found):
         about = shelf.PAPERS[paper].scales[scale]
         title = f"{paper}: {shelf.PAPERS[paper].title}\nfallow reproduce {paper} --scale {scale}"
         console.print(title, highlight=False, markup=False, soft_wrap=True)
-        console.print(about.takes or about.about, highlight=False, markup=False, soft_wrap=True)
+        for words in [about.about, *([f"For a GPU: {about.takes}."] if about.takes else [])]:
+            console.print(words, highlight=False, markup=False, soft_wrap=True)
         table = table_of(box=box, pad_edge=False)
         for heading in ("--only", "what", "two cores", "state"):
             table.add_column(heading, no_wrap=heading != "what")
         for entry in found:
             if (entry.paper, entry.scale) == (paper, scale):
-                time = "for a GPU" if about.takes else show.duration(60 * entry.minutes)
-                table.add_row(entry.item, entry.title, time, entry.state)
+                table.add_row(entry.item, entry.title, _time(entry, about), entry.state)
         console.print(table, highlight=False, markup=False)
+
+
+def _time(entry: shelf.Entry, about: Scale) -> str:
+    """What an item should take, in words; days where there are many hours."""
+    days = round(entry.minutes / _DAY)
+    words = f"{days} days" if days > 2 else show.duration(60 * entry.minutes)
+    if not about.takes:
+        return words
+    return f"{words} with a GPU" if about.on_gpu else f"GPU; {words} on two cores"
 
 
 def _line(text: str) -> None:

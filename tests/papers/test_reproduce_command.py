@@ -48,7 +48,14 @@ def test_alone_it_lists_every_item_with_command_time_and_state(call: Call):
     for _, item in listed:
         assert out.count(f"\n {item.name} ") == lines[item.name] and item.title in out
     assert out.count("not run") == len(listed) > 0
-    assert out.count("for a GPU") == sum(bool(scale.takes) for scale, _ in listed) > 0
+    times = [("GPU; ", False), ("with a GPU ", True)]  # whose the minutes of the cells are
+    for words, on_gpu in times:
+        wanting = [scale for scale, _ in listed if scale.takes and scale.on_gpu == on_gpu]
+        assert out.count(words) == len(wanting) > 0
+    for one in shelf.PAPERS.values():
+        for scale in one.scales.values():
+            assert scale.about in out and (not scale.takes or f"\nFor a GPU: {scale.takes}.\n" in out)
+    assert out.startswith("State: of runs/PAPER-SCALE;") and "GPU; 102 days on two cores" in out
     assert set(shelf.PAPERS) == {"huang2016", "hayou2021", "pal2020", "lejeune2021", "small1999"}
     assert not list(Path().iterdir())
 
@@ -125,7 +132,9 @@ def test_failed_cells_end_it_with_1_and_the_page_of_the_rest(
     monkeypatch.setitem(shelf.PAPERS, "small1999", paper(home, work=fails))
     code, out, err = call("reproduce", "small1999", "--jobs", 1)
     assert code == 1 and "3 cells failed (work0: it is broken" in err and len(err.splitlines()) == 1
-    assert "0 of 3 cells are done" in Path("runs/small1999-tiny/report.html").read_text()
+    page = Path("runs/small1999-tiny/report.html").read_text()
+    assert "0 of 3 cells are done" in page and "Failed: work0, work1, work2 (it is broken)." in page
+    assert call("reproduce")[1].count(" 0 of 2 cells, 2 failed") == 2
 
 
 # --- all papers ------------------------------------------------------------------------------------------
