@@ -156,7 +156,10 @@ def _epoch(trainee: Trainee, train: Images, held: Images, epoch: int, size: int,
         total += error.detach() * len(y)
     loss = float(total) / len(train.y)
     if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} in epoch {epoch + 1}: lower the learning rate of this cell")
+        raise RunError(
+            f"the loss is {loss} in epoch {epoch + 1}: this training diverges, and does so every time, "
+            "for all that is drawn is fixed; the page leaves it out"
+        )
     masks = trainee.masks()
     fraction = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     wrong = _error(_network_of(trainee, masks), held) if len(held.y) else None
