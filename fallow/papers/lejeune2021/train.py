@@ -192,15 +192,12 @@ def _end(trainee: Trainee, train: Images, test: Images) -> dict[str, Any]:
     found = [*masks.values()]
     # a neuron counts where something comes in and something goes out
     alive = [int((a.any(1) & b.any(0)).sum()) for a, b in zip(found, found[1:], strict=False)]
-    other = trainee.masks_by_strength()
-    more = {
-        "by_strength": {
-            "test_error": _error(_network_of(trainee, other), test),
-            "fraction": sum(int(mask.sum()) for mask in other.values()) / sum(of),
-        }
-    }
+    more: dict[str, Any] = {}
+    if other := trainee.masks_by_strength():
+        fraction = sum(int(mask.sum()) for mask in other.values()) / sum(of)
+        more["by_strength"] = {"test_error": _error(_network_of(trainee, other), test), "fraction": fraction}
     return {
-        **(more if other else {}),
+        **more,
         "test_error": _error(layers, test),
         "train_error": _error(layers, train),
         "weights": sum(kept),
