@@ -25,10 +25,11 @@ def render(results: Sequence[dict[str, Any]]) -> str:
     sheets = [_paper.sheet(one, index) for index, one in enumerate(results)]
     first = sheets[0]
     lines = [f"# {plain(first.title)}", "", plain(first.cite), ""]
+    name = get(results[0], "paper", "name")
     lines += [
-        "Made from the committed results by `fallow report`; do not edit. The plots are on the page of "
+        f"Made from the files in `results/{name}` by `fallow report`; do not edit. "
+        f"`fallow report results/{name}/SCALE.json --out page.html` draws the plots, without a new run."
     ]
-    lines[-1] += "`fallow reproduce`."
     lines += ["", "**Whose numbers these are.**", "", *_bullets(first.notes)]
     for one, found in zip(sheets, results, strict=True):
         lines += ["", *_scale(one, found)]
@@ -53,7 +54,7 @@ def _item(item: Part) -> list[str]:
         lines += ["", *_table(table)]
         lines += ["", f"*{plain(note)}*"] if note else []
     if not item.tables and item.plots and not item.statements:
-        lines += ["A plot alone; see the page."]
+        lines += ["A plot alone."]
     if item.known.rows:
         lines += ["", *_table(item.known)]
     if item.differences:
