@@ -16,6 +16,7 @@ from fallow.report._words import get, number, records
 
 STYLES = ("line", "points", "dashed", "steps")
 FEW = 12  # places up to which a line shows its points
+_SWATCHES = {"dashed": "dash", "points": "point"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Curve:
     @property
     def swatch(self) -> str:
         """Classes of its key in the legend."""
-        return f"{'dash' if self.style == 'dashed' else 'line'} {self.colour}"
+        return f"{_SWATCHES.get(self.style, 'line')} {self.colour}"
 
 
 def curves(panel: Any) -> list[Curve]:

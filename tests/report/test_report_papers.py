@@ -167,6 +167,7 @@ def test_curves_take_their_colours_by_group_and_leave_out_what_is_no_number():
     found = _charts.curves({"series": series})
     assert [c.colour for c in found] == ["run-0", "run-0", "run-1", "ink"]
     assert found[0].points == ((1.0, 1.0, None),)
+    assert [c.swatch.split()[0] for c in found] == ["dash", "point", "line", "dash"]
 
 
 @pytest.mark.parametrize(
