@@ -7,7 +7,6 @@ parts of a long one stay in `pieces/` until it is done. Every file is written wh
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +17,10 @@ import torch
 from fallow._version import __version__
 from fallow.errors import DataError, RunError, UsageError
 from fallow.papers._experiments import Cell
-from fallow.recipes import train
+from fallow.recipes import _results, train
 from fallow.recipes._batches import seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._ending import Advice, of_memory
-from fallow.recipes._results import now
 from fallow.recipes._run import CONFIG, RunFolder, finite
 from fallow.recipes.show import Show
 
@@ -33,6 +31,7 @@ AGAIN = "the same fallow reproduce"
 _ELSEWHERE = ("data_dir", "device")
 # What a cell's files say of where its numbers come from; files of earlier versions lack some of it.
 ORIGIN = ("fallow", "torch", "hardware", "finished")
+_THREADS = "one thread a cell"
 _LESS = "fewer --jobs or a machine with more memory, then give the same command again: what is done stays"
 
 
@@ -163,15 +162,13 @@ def origin(cell: Cell, folder: Path) -> dict[str, str]:
     found = _read(folder / CELL) if cell.work is not None else train.read_results(folder)["provenance"]
     said = {key: str(found[key]) for key in ORIGIN if found.get(key)}
     if "hardware" in said:  # in the words of a reproduction, or one machine would look like two
-        said["hardware"] = said["hardware"].replace(", 1 threads", ", one thread a cell")
+        said["hardware"] = said["hardware"].replace(", 1 threads", f", {_THREADS}")
     return said
 
 
 def hardware(device: str) -> str:
     """What a device of that kind is, in words."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, one thread a cell"
+    return _results.hardware(device, _THREADS)
 
 
 class Pieces:
@@ -233,7 +230,7 @@ def _compute(cell: Cell, folder: Path, data_dir: str | None) -> None:
         "fallow": __version__,
         "torch": str(torch.__version__),
         "hardware": hardware("cuda" if _allocated() > allocated else "cpu"),
-        "finished": now(),
+        "finished": _results.now(),
     }
     home.write_json(CELL, record)
     for path in (folder / PIECES).glob("*.json"):  # they are in the result now

@@ -44,8 +44,11 @@ def results_in(home: Path) -> dict[str, Any]:
 
 def failed_in(home: Path) -> dict[str, str]:
     """The cells that failed when they were last run, with the reason, as the results in a folder say."""
-    found = _cells_in(results_in(home))
-    return {name: str(cell.get("message", "")) for name, cell in found.items() if cell["status"] == "failed"}
+    return _failures(_cells_in(results_in(home)))
+
+
+def _failures(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {name: str(cell.get("message", "")) for name, cell in cells.items() if cell["status"] == "failed"}
 
 
 def _cells_in(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -82,7 +85,7 @@ def write_results(
     remarks = list(dict.fromkeys([*before.get("remarks", []), *remarks]))
     everything = paper.cells(paper.items, scale)
     seeds = sorted({cell.tags["seed"] for cell in everything if "seed" in cell.tags})
-    failed = failed_in(home)  # a call that did not run them, or not to their end, knows no better
+    failed = _failures(cells_before)  # a call that did not run them, or not to their end, knows no better
     failed |= {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
     origins = _inherited(cells_before, before)
     records = [_record(cell, home, failed, origins) for cell in sorted(everything, key=lambda c: c.name)]

@@ -149,7 +149,7 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[np.ndarray,
     """Of both what was measured in both."""
     both = min(len(ours), len(theirs))
     mine, other = np.asarray(ours[:both], float), np.asarray(theirs[:both], float)
-    counts = np.isfinite(mine) & np.isfinite(other)
+    counts = np.isfinite(mine) & np.isfinite(other) & (other > 0)  # a coarse clock may not have moved
     return mine[counts], other[counts]
 
 

@@ -35,7 +35,7 @@ def provenance(config: Surroundings, batches: Batches, command: str, started: st
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": config.device,
-        "hardware": _hardware(config),
+        "hardware": hardware(config.device, f"{config.threads} threads"),
         "threads": config.threads,
         "seed": config.seed,
         "command": command,
@@ -50,11 +50,11 @@ def provenance(config: Surroundings, batches: Batches, command: str, started: st
     }
 
 
-def _hardware(config: Surroundings) -> str:
-    if config.device.startswith("cuda"):
-        return torch.cuda.get_device_name(config.device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU with {capability}, {config.threads} threads"
+def hardware(device: str, threads: str) -> str:
+    """What a device is, in words; of a CPU with how many threads are taken."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {threads}"
 
 
 def budget(handle: Handle, config: Config, total: int, times: Mapping[str, float] | None) -> dict[str, Any]:

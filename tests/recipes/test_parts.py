@@ -150,6 +150,8 @@ def test_the_interval_holds_the_median_and_leaves_out_what_is_marked():
     assert mean is not None and mean["ratio"] == 2.0
     assert 0.5 <= mean["low"] <= mean["ratio"] <= mean["high"] <= 5
     assert ratio_of_means([math.nan], [1.0]) is None
+    for coarse in (ratio([1.0, 3.0], [2.0, 0.0]), ratio_of_means([1.0, 3.0], [2.0, 0.0])):
+        assert coarse is not None and set(coarse.values()) == {0.5}  # the clock did not move in the other one
 
 
 def test_the_interval_covers_the_truth_nineteen_times_in_twenty():

@@ -78,8 +78,9 @@ def _linear_against_uniform(
     for last in sorted({*groups["linear"]} & {*groups["uniform"]}):
         result = compared(groups["linear"][last], groups["uniform"][last])
         between = [result["difference"], result["error"], result["seeds"]] if result else [None, None, 1]
-        rows.append([f"{last:g}", *between, verdict(result, "linear", "uniform")])
-        shown.setdefault(verdict(result, "linear", "uniform"), []).append(last)
+        judged = verdict(result, "linear", "uniform")
+        rows.append([f"{last:g}", *between, judged])
+        shown.setdefault(judged, []).append(last)
     columns = ["p_L", "linear minus uniform, points", "s.e.", "seeds", "shown"]
     note = "differences in pairs of a seed; at one p_L linear rates rest half as much"
     words = [f"Linear against uniform rates: {_places(shown)}."] if shown else []
