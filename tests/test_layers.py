@@ -16,6 +16,7 @@ FLOORS = {
     "fallow.errors": 0,
     "fallow._version": 0,
     "fallow.paths": 0,
+    "fallow.jsonable": 0,
     "fallow.rates": 1,
     "fallow.schedules": 1,
     "fallow.masks": 1,

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fallow._version import __version__
-from fallow.explaining._result import SCHEMA, finite, with_error
+from fallow.explaining._shared import SCHEMA, with_error
+from fallow.jsonable import finite
 
 _LEADING, _LONG = 6, 80  # singular values and letters of a scheme in the table
 

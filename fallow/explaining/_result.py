@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fallow._version import __version__
+from fallow.explaining._head_result import HeadExplanation
+from fallow.explaining._shared import SCHEMA, with_error
+from fallow.jsonable import finite
 
-if TYPE_CHECKING:
-    from fallow.explaining._head_result import HeadExplanation
-
-SCHEMA = 1
 TITLES = {
     "hessian": "Hessian",
     "bregman": "Bregman",
@@ -206,21 +204,5 @@ def said_of(verdict: str, ratio: float) -> str:
     return "too few draws to tell" if verdict == "undecided" else verdict
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """A number and its standard error."""
-    if value is None:
-        return "-"
-    return f"{value:.4g}" + ("" if error is None or not math.isfinite(error) else f" +- {error:.2g}")
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def finite(value: Any) -> Any:
-    """The same without numbers that are not finite, which JSON does not take: None instead."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,12 +16,13 @@ import torch
 
 from fallow._version import __version__
 from fallow.errors import DataError, RunError, UsageError
+from fallow.jsonable import finite
 from fallow.papers._experiments import Cell
 from fallow.recipes import _results, train
 from fallow.recipes._batches import seed_of
 from fallow.recipes._config import Config
 from fallow.recipes._ending import Advice, of_memory
-from fallow.recipes._run import CONFIG, RunFolder, finite
+from fallow.recipes._run import CONFIG, RunFolder
 from fallow.recipes.show import Show
 
 CELL, PIECES = "cell.json", "pieces"

@@ -10,7 +10,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import os
 import tempfile
 import zipfile
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fallow.errors import DataError, RunError, UsageError, need
+from fallow.jsonable import finite
 
 CONFIG, RESULTS, WEIGHTS = "config.json", "results.json", "model.safetensors"
 STATE, PREVIOUS, BROKEN = "state.pt", "state.previous.pt", "state.broken.pt"
@@ -202,17 +202,6 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def finite(value: Any) -> Any:
-    """The value with numbers that are not finite, which JSON does not know, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 def first_free(data: str, model: str, root: str | os.PathLike[str] = "runs") -> Path:

@@ -9,20 +9,18 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fallow.errors import FallowError, RunError
 from fallow.penalties.separable import Separable
+from fallow.recipes._batches import Batches
 from fallow.recipes._measure import median
 from fallow.recipes._run import WEIGHTS, RunFolder
 from fallow.sparsity import Sparsifier
-
-if TYPE_CHECKING:
-    from fallow.recipes._sparse_job import Job
-    from fallow.sparsity.shrink import Shrunk
+from fallow.sparsity.shrink import Shrunk
 
 SMALL, SPARSE = "small", "sparse.pt"
 _LATENCY_ROWS, _LATENCY_PAIRS = 128, 15
@@ -97,15 +95,15 @@ def curves(run: Sparsifier, strategy: Any) -> dict[str, Any] | None:
     }
 
 
-def shrunk(job: Job, folder: RunFolder) -> dict[str, Any]:
+def shrunk(run: Sparsifier, batches: Batches, folder: RunFolder) -> dict[str, Any]:
     """Shrink the model, write what is left into the folder, and measure both.
 
     What cannot be shrunk is said, not raised: the run has its masked weights in any case.
     """
-    folder.write_bytes(SPARSE, sparse(job.run))
+    folder.write_bytes(SPARSE, sparse(run))
     found: dict[str, Any] = {"bytes": {"dense": _size(folder, WEIGHTS), "sparse": _size(folder, SPARSE)}}
     try:
-        small = job.run.shrink(job.batches.example())
+        small = run.shrink(batches.example())
     except FallowError as error:
         return found | {"failed": str(error)}
     try:
@@ -117,17 +115,17 @@ def shrunk(job: Job, folder: RunFolder) -> dict[str, Any]:
             f"{folder.again}"
         ) from error
     found["bytes"]["small"] = os.path.getsize(saved.weights)
-    return found | {"exported": saved.note} | _compared(job, small)
+    return found | {"exported": saved.note} | _compared(run.model, small, batches)
 
 
-def _compared(job: Job, small: Shrunk) -> dict[str, Any]:
+def _compared(model: nn.Module, small: Shrunk, batches: Batches) -> dict[str, Any]:
     """Sizes, times and outputs of the model with its zeros and of the smaller one."""
-    batches = [x for x, _ in job.batches.evaluated("test")]
-    x = torch.cat(batches)[:_LATENCY_ROWS]
-    model, smaller = job.model.eval(), small.model.eval()
+    images = [x for x, _ in batches.evaluated("test")]
+    x = torch.cat(images)[:_LATENCY_ROWS]
+    model, smaller = model.eval(), small.model.eval()
     with torch.no_grad():
-        difference = max(float((model(b) - smaller(b)).abs().max()) for b in batches)
-        largest = max(float(model(b).abs().max()) for b in batches)
+        difference = max(float((model(b) - smaller(b)).abs().max()) for b in images)
+        largest = max(float(model(b).abs().max()) for b in images)
     # on an accelerator the copy back waits for the end
     dense, less = latencies([lambda: model(x).cpu(), lambda: smaller(x).cpu()])
     return {

@@ -221,5 +221,5 @@ def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
     model = job.model.eval()
     folder.write_weights(WEIGHTS, model.state_dict())
     test = {"test_error": error_of(model, job.batches, "test"), "test_images": job.batches.sizes["test"]}
-    small = _sparse_results.shrunk(job, folder)
+    small = _sparse_results.shrunk(job.run, job.batches, folder)
     return {"test": test, "small": small}

@@ -22,7 +22,9 @@ from fallow.papers.lejeune2021 import figure as lejeune_figure
 from fallow.papers.lejeune2021 import results as lejeune_results
 from fallow.papers.lejeune2021 import sizes as lejeune_sizes
 from fallow.papers.lejeune2021 import train as lejeune_train
-from fallow.papers.lejeune2021.methods import METHODS, FaultyLogSum, Multiplied, Plan, Trainee
+from fallow.papers.lejeune2021.methods import METHODS
+from fallow.papers.lejeune2021.penalised import FaultyLogSum, Multiplied
+from fallow.papers.lejeune2021.trainee import Plan, Trainee
 
 PAPER, PUBLISHED = shelf.PAPERS["lejeune2021"], shelf.AS_PUBLISHED["lejeune2021"]
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,8 @@ from fallow.data import augment
 from fallow.errors import RunError
 from fallow.models import lenet300
 from fallow.papers._packed import pack, unpack
-from fallow.papers.lejeune2021.methods import METHODS, Plan, Trainee
+from fallow.papers.lejeune2021.methods import METHODS
+from fallow.papers.lejeune2021.trainee import Plan, Trainee
 from fallow.recipes._batches import seed_of
 
 Pieces = Callable[[str, Callable[[], Any]], Any]
