@@ -49,7 +49,7 @@ def _scale(one: Sheet, results: dict[str, Any]) -> list[str]:
 
 def _item(item: Part) -> list[str]:
     status = f" ({item.status})" if item.status else ""
-    lines = [f"### {plain(item.title)}{plain(status)}", "", plain(item.shows), "", *_bullets(item.statements)]
+    lines = [f"### {plain(item.title + status)}", "", plain(item.shows), "", *_bullets(item.statements)]
     for table, note in item.tables:
         lines += ["", *_table(table)]
         lines += ["", f"*{plain(note)}*"] if note else []

@@ -153,7 +153,8 @@ def test_what_is_not_done_is_said():
     results["items"][0].update(status="partial", cells_done=1, cells=3)
     page = _paper.render([results])
     assert "1 of 3 cells are done" in page and "Failed: b." in page and "1 of 3 cells</span>" in page
-    assert "1 of 3 cells are done" in _markdown.render([results])
+    markdown = _markdown.render([results])
+    assert "1 of 3 cells are done" in markdown and " (1 of 3 cells)\n" in markdown
 
 
 def test_curves_take_their_colours_by_group_and_leave_out_what_is_no_number():
