@@ -28,8 +28,9 @@ _FEW = {
         f"anything of the paper's errors. {_DIGITS}",
     ),
     "small": (
-        "10,000 images of CIFAR-10 and 4,000 of Fashion-MNIST, ResNet-20 to 56, batch 64, 8 to 12 epochs in "
-        "place of 500: too short a training to say anything of the paper's errors.",
+        "10,000 images of CIFAR-10 and 4,000 of Fashion-MNIST, ResNet-20 and 56, batch 64, 12 epochs (once "
+        "100) in place of 500: too short a training to say anything of the paper's errors. ResNet-56's "
+        "learning rate rises over the first two epochs.",
     ),
     "full": (
         "SVHN: the learning rate falls at a half and at three quarters of the 50 epochs (the paper: after 30 "
@@ -219,7 +220,7 @@ PAPER = Paper(
         "tiny": Scale("Digits and 1,000 images of Fashion-MNIST, ResNet-20; a few minutes on two cores."),
         "small": Scale(
             "10,000 images of CIFAR-10 with ResNet-20 and 56, 4,000 of Fashion-MNIST with ResNet-20 to 44, "
-            "three seeds; about an hour and a half on two cores."
+            "three seeds; about two hours on two cores."
         ),
         "full": Scale(
             "The paper's protocol: ResNet-110 on CIFAR-10 and CIFAR-100 for 500 epochs, 152 layers on SVHN, "
