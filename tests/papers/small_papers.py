@@ -100,10 +100,10 @@ def main(folder: str, jobs: str, work: str) -> None:
     shelf.reproduce(chosen, jobs=int(jobs), out=home / "out")
 
 
-def process(*arguments: object) -> subprocess.Popen[bytes]:
-    """`main` in another process."""
+def process(*arguments: object, stderr: Any = subprocess.DEVNULL, **more: str) -> subprocess.Popen[bytes]:
+    """`main` in another process; `more` is of its environment."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     program = f"import sys; sys.path[:0] = {paths!r}; import small_papers; small_papers.main(*sys.argv[1:])"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stderr=stderr)

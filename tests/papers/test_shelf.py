@@ -138,19 +138,22 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path):
-    child = process(tmp_path, 2, "sleeps")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, how: signal.Signals):
+    said = tmp_path / "said"
+    with said.open("wb") as file:
+        child = process(tmp_path, 2, "sleeps", stderr=file, PATH=str(tmp_path))  # small images have no pgrep
     logs = [tmp_path / "log0", tmp_path / "log1"]
     deadline = time.monotonic() + 120
     while not all(log.exists() and log.read_text() for log in logs) and time.monotonic() < deadline:
         time.sleep(0.05)
     workers = [int(log.read_text()) for log in logs]
     assert all(map(_alive, workers)) and child.pid not in workers
-    child.kill()
+    child.send_signal(how)
     child.wait(60)
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(_alive, workers))
+    assert not any(map(_alive, workers)) and "loky" not in said.read_text()
 
 
 def test_sigterm_ends_it_in_words_and_keeps_what_is_done(tmp_path: Path):
