@@ -23,12 +23,7 @@ from fallow.papers._panels import (
     values,
     verdict,
 )
-from fallow.papers.huang2016.results import (
-    CONSTANT,
-    ERRORS,
-    both,
-    pairs,
-)
+from fallow.papers.huang2016.results import CONSTANT, ERRORS, both, pairs
 from fallow.papers.huang2016.sizes import OWN, RULES, WAYS
 from fallow.papers.huang2016.timing import CONSTANT as DENSE
 
