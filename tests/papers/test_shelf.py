@@ -153,7 +153,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, how: sig
     child.wait(60)
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(_alive, workers)) and "loky" not in said.read_text()
+    assert not any(map(_alive, workers)) and "kill_process_tree" not in said.read_text()
 
 
 def test_sigterm_ends_it_in_words_and_keeps_what_is_done(tmp_path: Path):
