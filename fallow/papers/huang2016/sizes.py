@@ -118,12 +118,10 @@ def _cifar(depth: int, minutes: float, augmented: Sequence[bool] = (True, False)
     return Images(title, "cifar10", depth, minutes, 3, options, augmented, _every(options["epochs"]))
 
 
-def _fashion(title: str, minutes: float, epochs: int) -> Images:
-    title = f"Fashion-MNIST ({title})"
+def _fashion(minutes: float, epochs: int, also: str = "") -> Images:
+    title = f"Fashion-MNIST (4,000 images{also})"
     return _some("fashion-mnist", title, 20, minutes, 3, epochs=epochs, train_size=4000, **_FAST)
 
-
-_LONG = _fashion("4,000 images, 100 epochs", 9.0, epochs=100)
 
 SIZES = {
     "tiny": Size(
@@ -155,9 +153,9 @@ SIZES = {
             # from the full learning rate on its loss stays near chance for the first third of the training
             _cifar(56, 11.0, (True,), learning_rate_warmup=2.0),
             _cifar(20, 4.0),
-            _fashion("4,000 images", 1.3, epochs=12),
+            _fashion(1.3, 12),
             # the noise is to help where nets overfit, which takes longer
-            replace(_LONG, augmented=(False,), variant="-long"),
+            replace(_fashion(9.0, 100, ", 100 epochs"), augmented=(False,), variant="-long"),
         ),
         swept=2,
         last=(0.2, 0.4, 0.6, 0.8),
@@ -249,7 +247,7 @@ def _heat(size: Size) -> list[Cell]:
             known = _sweep(size)
             made += [c for c in known if c.tags["rule"] == "linear" and c.tags["last"] in (*size.warm, LAST)]
             continue
-        images = Images(swept.title, swept.data, depth, minutes, size.seeds, swept.options)
+        images = replace(swept, depth=depth, minutes=minutes, test_every=None)
         for seed in range(size.seeds):
             made.append(_pair(images, True, seed))
             made += [_alone(images, seed, "linear", last) for last in size.warm]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,16 +24,19 @@ class Variational(Trainee):
 
     def __init__(self, model: nn.Module, plan: Plan, form: str, sample: str) -> None:
         super().__init__(model, plan)
-        small_(model, plan.draws)
-        plain = [*model.parameters()]
         additive = form == "additive"
         start, clip = (-10.0, 10.0) if additive else (-5.0, _NO_CLIP)
-        self.noise = variational_(
-            model, form=form, sample=sample, start=start, clip=clip, cut=CUT, generator=plan.draws
-        )
-        rate = plan.learning_rate
-        self._adam((plain, rate), (self.noise.parameters(), 2 * rate if additive else rate))
+        faster = 2.0 if additive else 1.0
+        self._add_noise(faster, form=form, sample=sample, start=start, clip=clip, cut=CUT)
         self.weight = 1.0
+
+    def _add_noise(self, faster: float, **noise: Any) -> None:
+        """Small weights, noise on them, and its learning rate: so many times the network's."""
+        small_(self.model, self.plan.draws)
+        plain = [*self.model.parameters()]
+        self.noise = variational_(self.model, generator=self.plan.draws, **noise)
+        rate = self.plan.learning_rate
+        self._adam((plain, rate), (self.noise.parameters(), faster * rate))
 
     def loss(self, error: Tensor) -> Tensor:
         """N times the bound."""
@@ -48,11 +52,7 @@ class Scheduled(Variational):
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         Trainee.__init__(self, model, plan)
-        small_(model, plan.draws)
-        plain = [*model.parameters()]
-        self.noise = variational_(model, start=-10.0, clip=8.0, cut=_CUT_OF_THREE, generator=plan.draws)
-        rate = plan.learning_rate
-        self._adam((plain, rate), (self.noise.parameters(), rate))
+        self._add_noise(1.0, start=-10.0, clip=8.0, cut=_CUT_OF_THREE)
         self.weight = 0.0
 
     def begin(self, epoch: int) -> None:
